@@ -1,0 +1,3 @@
+"""Nestling turns one language model into a family."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,19 @@
+"""What models are made of: the notation, the declarations, and what is derived from them for one model."""
+
+import nestling.anatomy.architectures  # noqa: F401  registers every architecture
+from nestling.anatomy.anatomy import Anatomy, TensorSpec
+from nestling.anatomy.declare import ARCHITECTURES, Architecture, Axis, Rescale, architecture_of, register
+from nestling.anatomy.head import decoder, logits_head
+
+__all__ = [
+    "ARCHITECTURES",
+    "Anatomy",
+    "Architecture",
+    "Axis",
+    "Rescale",
+    "TensorSpec",
+    "architecture_of",
+    "decoder",
+    "logits_head",
+    "register",
+]

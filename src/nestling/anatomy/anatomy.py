@@ -1,0 +1,200 @@
+"""One model's anatomy: its declaration applied to its config and checked against its tensors.
+
+`Anatomy.of(model)` is what every method starts from. It knows, for each tensor, the layer it lives in and its layout,
+and for each layer the size of every letter. A model whose tensors differ from the declaration is refused, so nothing
+is ever cut by guess.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from nestling.anatomy.declare import Architecture, Axis, architecture_of
+from nestling.anatomy.notation import Layout, parse
+from nestling.errors import ShapeError, UnsupportedArchitecture
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of the model: its full name, its layer (None for the model's own), block and layout."""
+
+    name: str
+    layer: int | None
+    block: str | None
+    layout: Layout
+
+    @property
+    def module(self) -> str:
+        """Path of the module that owns the tensor."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def letters(self) -> frozenset[str]:
+        return frozenset().union(*(dimension.letters for dimension in self.layout))
+
+
+class Anatomy:
+    """What a model is made of.
+
+    architecture: the declaration. config: the model's config. tensors: every tensor's `TensorSpec`, by name.
+    num_layers: decoder layers. tied: whether output and input embeddings are one tensor.
+    """
+
+    def __init__(self, architecture: Architecture, config: PreTrainedConfig, shapes: dict[str, tuple[int, ...]]):
+        self.architecture = architecture
+        self.config = config
+        self.num_layers: int = getattr(config, architecture.depth_field)
+        self.tied: bool = bool(getattr(config, "tie_word_embeddings", False))
+        self._sizes = [self._letter_sizes(layer) for layer in range(self.num_layers)]
+        self.tensors = {spec.name: spec for spec in self._present(shapes)}
+        self._check(shapes)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel | PreTrainedConfig) -> Anatomy:
+        """The anatomy of a model, or of the model that a config describes (no weights are made).
+
+        Raises `UnsupportedArchitecture` when the type is not declared or the tensors are not as declared.
+        """
+        config = model.config if isinstance(model, PreTrainedModel) else model
+        architecture = architecture_of(config)
+        if not isinstance(model, PreTrainedModel):
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+        return cls(architecture, config, {name: tuple(t.shape) for name, t in model.state_dict().items()})
+
+    # ---- axes and sizes
+
+    @cached_property
+    def axes(self) -> dict[str, Axis]:
+        """The width axes that this model has, by the config field that holds their size."""
+        letters = frozenset().union(*(spec.letters for spec in self.tensors.values()))
+        return {axis.field: axis for axis in self.architecture.axes if axis.letter in letters}
+
+    @property
+    def depth_field(self) -> str:
+        return self.architecture.depth_field
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Every config field that a shape may set: the width axes and the number of layers."""
+        return (*self.axes, self.depth_field)
+
+    def axis(self, field: str) -> Axis:
+        """The axis of that name. Raises `ShapeError` that lists those the model has."""
+        if field not in self.axes:
+            raise ShapeError(f"'{field}' is not an axis of this model: choose from {', '.join(self.fields)}")
+        return self.axes[field]
+
+    def by_letter(self, letter: str) -> Axis:
+        return next(axis for axis in self.axes.values() if axis.letter == letter)
+
+    def sizes(self, layer: int | None) -> dict[str, int]:
+        """The size of every letter in a layer; those of the first layer for the model's own tensors (None)."""
+        return self._sizes[layer or 0]
+
+    def units(self, axis: Axis, layer: int | None) -> int:
+        """How many units of an axis a layer holds, in all groups together."""
+        sizes = self.sizes(layer)
+        return math.prod(sizes[letter] for letter in (*axis.within, axis.letter))
+
+    def value(self, axis: Axis, layer: int | None) -> int:
+        """The axis's size as its config field counts it."""
+        return self.units(axis, layer) if axis.counts_all else self.sizes(layer)[axis.letter]
+
+    def has(self, axis: Axis, layer: int) -> bool:
+        """Whether a layer has that axis at all."""
+        return axis.letter in self._letters_in[layer]
+
+    @cached_property
+    def _letters_in(self) -> list[frozenset[str]]:
+        letters: list[set[str]] = [set() for _ in range(self.num_layers)]
+        for spec in self.tensors.values():
+            if spec.layer is not None:
+                letters[spec.layer] |= spec.letters
+        return [frozenset(group) for group in letters]
+
+    # ---- places in the model
+
+    def layer_path(self, layer: int) -> str:
+        return f"{self.architecture.layers}.{layer}"
+
+    def layers(self, model: nn.Module) -> nn.ModuleList:
+        """The list of decoder layers of a model of this anatomy."""
+        return model.get_submodule(self.architecture.layers)  # type: ignore[return-value]
+
+    def places(self, axis: Axis, layer: int) -> Iterator[tuple[str, bool]]:
+        """Where an axis is scored in a layer: `(tensor name, whether the module's input is read)`."""
+        for place in axis.scored_at:
+            side, _, module = place.partition(" ")
+            name = f"{self.layer_path(layer)}.{module}.weight"
+            if name in self.tensors:
+                yield name, side == "input"
+
+    # ---- construction
+
+    def _letter_sizes(self, layer: int) -> dict[str, int]:
+        sizes: dict[str, int] = {}
+        for letter, source in self.architecture.sizes.items():
+            sizes[letter] = source(self.config) if callable(source) else getattr(self.config, source)
+        for axis in self.architecture.axes:
+            total = layer_value(self.config, axis.field, layer)
+            if total is None:
+                continue
+            groups = math.prod(sizes[outer] for outer in axis.within) if axis.counts_all else 1
+            if total % groups:
+                raise ShapeError(
+                    f"{axis.field}={total} in layer {layer} is not a multiple of the {groups} groups it is divided into"
+                )
+            sizes[axis.letter] = total // groups
+        return sizes
+
+    def _present(self, shapes: dict[str, tuple[int, ...]]) -> Iterator[TensorSpec]:
+        for name, spec, layer, block in self._declared():
+            optional = name.endswith("?")
+            name = name.removesuffix("?")
+            if name in shapes:
+                yield TensorSpec(name, layer, block, parse(spec))
+            elif not optional:
+                raise UnsupportedArchitecture(
+                    f"this {self.architecture.model_type} model has no tensor '{name}', which its declaration names: "
+                    f"mark it optional with '?' there or declare the variant as its own architecture"
+                )
+
+    def _declared(self) -> Iterator[tuple[str, str, int | None, str | None]]:
+        architecture = self.architecture
+        for name, spec in architecture.tensors.items():
+            yield name, spec, None, None
+        for layer in range(self.num_layers):
+            blocks = architecture.layer_blocks(self.config, layer) if architecture.layer_blocks else architecture.blocks
+            for block in blocks:
+                for name, spec in architecture.blocks[block].items():
+                    yield f"{self.layer_path(layer)}.{name}", spec, layer, block
+
+    def _check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        unknown = [name for name in shapes if name not in self.tensors]
+        if unknown:
+            raise UnsupportedArchitecture(
+                f"this {self.architecture.model_type} model has tensors that its declaration does not describe "
+                f"({', '.join(unknown[:4])}{', ...' if len(unknown) > 4 else ''}): declare them with their axes"
+            )
+        for name, spec in self.tensors.items():
+            declared = tuple(dimension.size(self.sizes(spec.layer)) for dimension in spec.layout)
+            if declared != shapes[name]:
+                raise UnsupportedArchitecture(
+                    f"tensor '{name}' is {list(shapes[name])} but '{' '.join(map(str, spec.layout))}' with this config "
+                    f"gives {list(declared)}: correct the declaration of {self.architecture.model_type}"
+                )
+
+
+def layer_value(config: Any, field: str, layer: int) -> int | None:
+    """A config field's value in one layer: from the config's per-layer sizes where it has them."""
+    per_layer = getattr(config, "layer_shapes", None) or {}
+    return per_layer[field][layer] if field in per_layer else getattr(config, field, None)

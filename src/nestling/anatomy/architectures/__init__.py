@@ -1,0 +1,7 @@
+"""One file of declarations per family of architectures; importing this package registers them all."""
+
+import pkgutil
+from importlib import import_module
+
+for _module in pkgutil.iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

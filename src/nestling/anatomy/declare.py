@@ -1,0 +1,109 @@
+"""The words in which an architecture is declared: `Axis`, `Architecture`, and the register of them all.
+
+A declaration is data. It says which config field holds which size, how every tensor is laid out (see `notation`),
+which dimensions may shrink and where a unit's activation can be read. It holds no method, and no method holds an
+architecture: pruning, masks, costs and scores are derived from it by `Anatomy`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nestling.errors import UnsupportedArchitecture
+
+Config = Any
+SizeOf = str | Callable[[Config], int]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A dimension that can shrink.
+
+    letter: its name in tensor specs.
+    field: the config field that holds its size; also the axis's public name.
+    scope: `model` if one set of units runs through the whole model, `layer` if every layer has its own.
+    within: letters of the units inside which this axis's units may move; they never leave them.
+    counts_all: whether `field` counts the units of all outer units together (attention heads of all KV groups)
+        or of one of them.
+    scored_at: activations from which units are scored: `input X` is what the module X reads, `output X` what it
+        returns; the layout is that of X's weight. Several places are added up.
+    """
+
+    letter: str
+    field: str
+    scope: Literal["layer", "model"] = "layer"
+    within: tuple[str, ...] = ()
+    counts_all: bool = True
+    scored_at: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """A tensor that must be multiplied by (kept / full) ** power when an axis shrinks, to keep the function.
+
+    offset: what the model adds to the stored values before use (1 for norms that compute `1 + weight`).
+    tied: apply only if the word embeddings are tied (True), only if not (False), or always (None).
+    """
+
+    tensor: str
+    letter: str
+    power: float
+    offset: float = 0.0
+    tied: bool | None = None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What models of one `model_type` are made of.
+
+    axes: everything that can shrink, layers excepted (they always can).
+    sizes: letters that cannot shrink, with the config field or function that gives their size.
+    tensors: specs of the whole model's tensors; a name that ends in `?` may be absent.
+    layers: path of the list of layers.
+    blocks: named groups of tensors in a layer, names relative to the layer.
+    layer_blocks: which blocks the i-th layer has; all of them unless given.
+    kv_cache: what one token adds to the KV cache of a layer that has the block named, as products of letters.
+    per_layer_fields: config fields with one value per layer, cut along with the layers.
+    layer_thresholds: config fields that hold a layer number.
+    logits_divisor, logits_softcap: config fields by which logits are divided, and tanh-capped.
+    rescale: corrections that keep the function when an axis shrinks.
+    depth_field: config field that holds the number of layers.
+    """
+
+    model_type: str
+    axes: tuple[Axis, ...]
+    sizes: Mapping[str, SizeOf]
+    tensors: Mapping[str, str]
+    blocks: Mapping[str, Mapping[str, str]]
+    layers: str = "model.layers"
+    layer_blocks: Callable[[Config, int], tuple[str, ...]] | None = None
+    kv_cache: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    per_layer_fields: tuple[str, ...] = ("layer_types",)
+    layer_thresholds: tuple[str, ...] = ()
+    logits_divisor: str | None = None
+    logits_softcap: str | None = None
+    rescale: tuple[Rescale, ...] = ()
+    depth_field: str = "num_hidden_layers"
+
+
+ARCHITECTURES: dict[str, Architecture] = {}
+
+
+def register(architecture: Architecture) -> Architecture:
+    """Make an architecture known under its `model_type`; returns it."""
+    ARCHITECTURES[architecture.model_type] = architecture
+    return architecture
+
+
+def architecture_of(config: Config) -> Architecture:
+    """The declaration for a config. Raises `UnsupportedArchitecture` that names the type and what to declare."""
+    name = getattr(config, "base_model_type", None) or getattr(config, "model_type", None)
+    if name not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise UnsupportedArchitecture(
+            f"architecture '{name}' is not described (known: {known}): declare its axes, sizes and tensors in one file "
+            f"under nestling/anatomy/architectures/, as CONTRIBUTING.md shows"
+        )
+    return ARCHITECTURES[name]

@@ -1,0 +1,142 @@
+"""The notation in which an architecture writes down its tensors, and the arithmetic that follows from it.
+
+A tensor is a row of dimensions, a dimension a sum of products of letters, in the spirit of einops:
+
+    "(kv q d) hidden"               rows: for every KV group, for every query head in it, its channels
+    "(ffn + ffn) hidden"            rows: two parts one after the other, gate and up
+    "(g h p + g h p + g n) 1 k"     parts that share letters move together
+
+Every letter is an axis with a size. Choosing units of some axes (`Choice`) chooses the elements of every
+dimension in which they occur: `Dimension.index` is the only place where that arithmetic is done. This file knows
+neither models nor configs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import LongTensor, Tensor
+
+from nestling.errors import NestlingError
+
+_TOKEN = re.compile(r"\([^()]*\)|[^\s()]+")
+_LETTER = re.compile(r"[a-z_]+\Z|[0-9]+\Z")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Units of one letter that are kept, in the order in which they shall stand.
+
+    `units` is a LongTensor `[n]`, or `[*outer, n]` when the choice differs between the units of the letters in
+    `within`: for query heads within KV groups, `units[i]` are the heads kept in the i-th kept group.
+    """
+
+    units: Tensor
+    within: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.units.dim() != len(self.within) + 1:
+            raise ValueError(f"a choice within {self.within} has {len(self.within) + 1} dimensions")
+
+    @property
+    def count(self) -> int:
+        """How many units are kept (in each group)."""
+        return self.units.shape[-1]
+
+
+Choices = Mapping[str, Choice]
+Sizes = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One dimension of a tensor: products of letters, one after another."""
+
+    parts: tuple[tuple[str, ...], ...]
+
+    @property
+    def letters(self) -> frozenset[str]:
+        return frozenset(letter for part in self.parts for letter in part)
+
+    def size(self, sizes: Sizes) -> int:
+        """Number of elements when each letter has the size given."""
+        return sum(math.prod(_size(letter, sizes) for letter in part) for part in self.parts)
+
+    def index(self, choices: Choices, sizes: Sizes) -> LongTensor | None:
+        """Elements that the choice of units keeps, as a LongTensor; None when no letter here is chosen from.
+
+        `sizes` are the sizes before the choice.
+        """
+        if not any(letter in choices for letter in self.letters):
+            return None
+        blocks, start = [], 0
+        for part in self.parts:
+            blocks.append(start + _part_index(part, choices, sizes))
+            start += math.prod(_size(letter, sizes) for letter in part)
+        return torch.cat(blocks)  # type: ignore[return-value]
+
+    def unit_view(self, letters: tuple[str, ...], sizes: Sizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """How to see this dimension by units: `(view, sum_over)`.
+
+        Viewed as `view`, the positions of `letters` come in their order and the positions in `sum_over` (all other
+        letters) are what belongs to one unit. Only for a dimension of one part.
+        """
+        if len(self.parts) != 1:
+            raise ValueError(f"'{self}' has several parts and no single view by units")
+        part = self.parts[0]
+        view = tuple(_size(letter, sizes) for letter in part)
+        return view, tuple(i for i, letter in enumerate(part) if letter not in letters)
+
+    def __str__(self) -> str:
+        text = " + ".join(" ".join(part) for part in self.parts)
+        return f"({text})" if len(self.parts) > 1 or len(self.parts[0]) > 1 else text
+
+
+Layout = tuple[Dimension, ...]
+
+
+def parse(spec: str) -> Layout:
+    """Read `"(kv q d) hidden"` into its dimensions. Raises `NestlingError` on a spec that is not of the notation."""
+    tokens = _TOKEN.findall(spec)
+    if "".join(tokens).replace(" ", "") != spec.replace(" ", "") or not tokens:
+        raise NestlingError(f"'{spec}' is not a tensor spec: use words and (a b + c) groups, as in '(kv q d) hidden'")
+    return tuple(_dimension(token.strip("()"), spec) for token in tokens)
+
+
+def _dimension(text: str, spec: str) -> Dimension:
+    parts = tuple(tuple(part.split()) for part in text.split("+"))
+    if not all(part and all(_LETTER.match(letter) for letter in part) for part in parts):
+        raise NestlingError(f"'{text}' in the tensor spec '{spec}' is not a sum of products of lower-case words")
+    return Dimension(parts)
+
+
+def _size(letter: str, sizes: Sizes) -> int:
+    return int(letter) if letter.isdigit() else sizes[letter]
+
+
+def _part_index(part: tuple[str, ...], choices: Choices, sizes: Sizes) -> Tensor:
+    """Flat positions inside one product: the kept unit of each letter, weighted by the stride of that letter."""
+    index = torch.zeros([1] * len(part), dtype=torch.long)
+    stride = 1
+    for position in reversed(range(len(part))):
+        letter = part[position]
+        size = _size(letter, sizes)
+        choice = choices.get(letter) or Choice(torch.arange(size))
+        index = index + _spread(choice, part, position) * stride
+        stride *= size
+    return index.flatten()
+
+
+def _spread(choice: Choice, part: tuple[str, ...], position: int) -> Tensor:
+    """The choice's units as a tensor that broadcasts over the product's letters."""
+    missing = [letter for letter in choice.within if letter not in part[:position]]
+    if missing:
+        raise ValueError(f"'{part[position]}' is chosen within {missing}, which do not stand before it in {part}")
+    shape = [1] * len(part)
+    for dim, letter in enumerate((*choice.within, part[position])):
+        shape[part.index(letter) if dim < len(choice.within) else position] = choice.units.shape[dim]
+    return choice.units.reshape(shape)

@@ -1,0 +1,70 @@
+"""Tiny random models of every declared architecture, with odd sizes, and helpers that all tests share."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCAB = 97
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 44,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+ODD = {"hidden_size": 80, "head_dim": 12}
+
+VARIANTS: dict[str, tuple[str, dict]] = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True, "head_dim": 12}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-mha": ("llama", {"num_key_value_heads": 6}),
+    "mistral": ("mistral", ODD | {"sliding_window": 6}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-sliding": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+    "qwen3": ("qwen3", ODD),
+    "gemma3_text": ("gemma3_text", {"head_dim": 12, "sliding_window": 6, "query_pre_attn_scalar": 10}),
+    "gemma3_text-tied": (
+        "gemma3_text",
+        {"head_dim": 12, "sliding_window": 6, "tie_word_embeddings": True, "final_logit_softcapping": 5.0},
+    ),
+    "granite": (
+        "granite",
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "logits_scaling": 4.0, "attention_multiplier": 0.3},
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"sliding_window": 6}),
+    "phi3": ("phi3", {}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}),
+    "nemotron": ("nemotron", ODD | {"partial_rotary_factor": 0.5}),
+}
+
+
+def tiny(variant: str, seed: int = 0, dtype: torch.dtype = torch.float64, **overrides) -> PreTrainedModel:
+    """A random model of that variant, in eval mode; no parameter is left at 0 or 1, so that nothing hides."""
+    model_type, fields = VARIANTS[variant]
+    config = AutoConfig.for_model(model_type, **(COMMON | fields | overrides))
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = 0.2 if parameter.dim() == 1 else 0.1 + 1.0 / parameter.shape[-1] ** 0.5
+            parameter.add_(torch.randn_like(parameter) * spread)
+    return model
+
+
+def token_batches(count: int = 3, batch: int = 2, seq: int = 12, seed: int = 1) -> list[dict[str, torch.Tensor]]:
+    """Random token ids `[batch, seq]`, none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    return [{"input_ids": torch.randint(3, VOCAB, (batch, seq), generator=generator)} for _ in range(count)]
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Logits `[batch, seq, vocab]`."""
+    return model(input_ids=ids).logits
