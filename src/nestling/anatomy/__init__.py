@@ -4,6 +4,9 @@ import nestling.anatomy.architectures  # noqa: F401  registers every architectur
 from nestling.anatomy.anatomy import Anatomy, TensorSpec
 from nestling.anatomy.declare import ARCHITECTURES, Architecture, Axis, Rescale, architecture_of, register
 from nestling.anatomy.head import decoder, logits_head
+from nestling.anatomy.per_layer import register_per_layer
+
+register_per_layer()
 
 __all__ = [
     "ARCHITECTURES",

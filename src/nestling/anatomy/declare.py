@@ -27,6 +27,7 @@ class Axis:
     within: letters of the units inside which this axis's units may move; they never leave them.
     counts_all: whether `field` counts the units of all outer units together (attention heads of all KV groups)
         or of one of them.
+    active: config field that says how many of the units one token uses; all of them unless given.
     scored_at: activations from which units are scored: `input X` is what the module X reads, `output X` what it
         returns; the layout is that of X's weight. Several places are added up.
     """
@@ -36,6 +37,7 @@ class Axis:
     scope: Literal["layer", "model"] = "layer"
     within: tuple[str, ...] = ()
     counts_all: bool = True
+    active: str | None = None
     scored_at: tuple[str, ...] = ()
 
 
@@ -64,7 +66,11 @@ class Architecture:
     layers: path of the list of layers.
     blocks: named groups of tensors in a layer, names relative to the layer.
     layer_blocks: which blocks the i-th layer has; all of them unless given.
+    explicit: config fields to write down for letters whose size the config may leave to be derived from others.
     kv_cache: what one token adds to the KV cache of a layer that has the block named, as products of letters.
+    attends: per block with attention, the product of letters that is one query's width over all heads.
+    state: what a sequence keeps in a layer that has the block named, however long it is, as products of letters.
+    tied: the output matrix, which is the input embedding where the config ties them. lookup: the input embedding.
     per_layer_fields: config fields with one value per layer, cut along with the layers.
     layer_thresholds: config fields that hold a layer number.
     logits_divisor, logits_softcap: config fields by which logits are divided, and tanh-capped.
@@ -79,7 +85,12 @@ class Architecture:
     blocks: Mapping[str, Mapping[str, str]]
     layers: str = "model.layers"
     layer_blocks: Callable[[Config, int], tuple[str, ...]] | None = None
+    explicit: Mapping[str, str] = field(default_factory=lambda: {"d": "head_dim"})
     kv_cache: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    attends: Mapping[str, str] = field(default_factory=dict)
+    state: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tied: str = "lm_head.weight"
+    lookup: str = "model.embed_tokens.weight"
     per_layer_fields: tuple[str, ...] = ("layer_types",)
     layer_thresholds: tuple[str, ...] = ()
     logits_divisor: str | None = None

@@ -79,17 +79,17 @@ class Dimension:
             start += math.prod(_size(letter, sizes) for letter in part)
         return torch.cat(blocks)  # type: ignore[return-value]
 
-    def unit_view(self, letters: tuple[str, ...], sizes: Sizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """How to see this dimension by units: `(view, sum_over)`.
-
-        Viewed as `view`, the positions of `letters` come in their order and the positions in `sum_over` (all other
-        letters) are what belongs to one unit. Only for a dimension of one part.
-        """
-        if len(self.parts) != 1:
-            raise ValueError(f"'{self}' has several parts and no single view by units")
-        part = self.parts[0]
-        view = tuple(_size(letter, sizes) for letter in part)
-        return view, tuple(i for i, letter in enumerate(part) if letter not in letters)
+    def owner(self, letters: tuple[str, ...], sizes: Sizes) -> LongTensor:
+        """For each element the unit it belongs to, counted through `letters` (outer first); -1 in parts without them."""
+        owners = []
+        for part in self.parts:
+            length = math.prod(_size(letter, sizes) for letter in part)
+            if all(letter in part for letter in letters):
+                owners.append(_part_index(letters, {}, sizes).view(_sized(letters, sizes)))
+                owners[-1] = _broadcast(owners[-1], letters, part, sizes)
+            else:
+                owners.append(torch.full((length,), -1))
+        return torch.cat(owners)  # type: ignore[return-value]
 
     def __str__(self) -> str:
         text = " + ".join(" ".join(part) for part in self.parts)
@@ -129,6 +129,16 @@ def _part_index(part: tuple[str, ...], choices: Choices, sizes: Sizes) -> Tensor
         index = index + _spread(choice, part, position) * stride
         stride *= size
     return index.flatten()
+
+
+def _sized(letters: tuple[str, ...], sizes: Sizes) -> list[int]:
+    return [_size(letter, sizes) for letter in letters]
+
+
+def _broadcast(units: Tensor, letters: tuple[str, ...], part: tuple[str, ...], sizes: Sizes) -> Tensor:
+    """`units`, one dimension per letter, repeated over the product's other letters and flattened."""
+    shape = [_size(letter, sizes) if letter in letters else 1 for letter in part]
+    return units.reshape(shape).expand(_sized(part, sizes)).flatten()
 
 
 def _spread(choice: Choice, part: tuple[str, ...], position: int) -> Tensor:

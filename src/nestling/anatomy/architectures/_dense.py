@@ -62,3 +62,4 @@ PRE_NORMS = {
 }
 
 KV_CACHE = {"attention": ("kv d", "kv d")}
+ATTENDS = {"attention": "kv q d"}

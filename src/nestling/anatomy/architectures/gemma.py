@@ -5,6 +5,7 @@ stored embedding; where that is also the output matrix, the final norm's gain (1
 """
 
 from nestling.anatomy.architectures._dense import (
+    ATTENDS,
     ATTENTION,
     ATTENTION_BIAS,
     KV_CACHE,
@@ -33,6 +34,7 @@ register(
             },
         },
         kv_cache=KV_CACHE,
+        attends=ATTENDS,
         logits_softcap="final_logit_softcapping",
         rescale=(
             Rescale("model.embed_tokens.weight", "hidden", power=-0.5),

@@ -1,6 +1,7 @@
 """Llama and the decoders that share its layers: SmolLM, Llama 3, Mistral, Granite, SmolLM3."""
 
 from nestling.anatomy.architectures._dense import (
+    ATTENDS,
     ATTENTION,
     ATTENTION_BIAS,
     KV_CACHE,
@@ -25,6 +26,7 @@ LLAMA = register(
             "norms": PRE_NORMS,
         },
         kv_cache=KV_CACHE,
+        attends=ATTENDS,
     )
 )
 
@@ -36,6 +38,7 @@ register(
         tensors=MODEL,
         blocks={"attention": ATTENTION, "mlp": MLP, "norms": PRE_NORMS},
         kv_cache=KV_CACHE,
+        attends=ATTENDS,
     )
 )
 
@@ -47,6 +50,7 @@ register(
         tensors=MODEL,
         blocks=LLAMA.blocks,
         kv_cache=KV_CACHE,
+        attends=ATTENDS,
         logits_divisor="logits_scaling",
     )
 )
@@ -59,6 +63,7 @@ register(
         tensors=MODEL,
         blocks=LLAMA.blocks,
         kv_cache=KV_CACHE,
+        attends=ATTENDS,
         per_layer_fields=("layer_types", "no_rope_layers"),
     )
 )

@@ -1,6 +1,6 @@
 """Nemotron, the architecture of Minitron itself: squared ReLU without a gate, LayerNorm with gain 1 + weight and bias."""
 
-from nestling.anatomy.architectures._dense import ATTENTION, ATTENTION_BIAS, KV_CACHE, MODEL, SIZES, axes
+from nestling.anatomy.architectures._dense import ATTENDS, ATTENTION, ATTENTION_BIAS, KV_CACHE, MODEL, SIZES, axes
 from nestling.anatomy.declare import Architecture, register
 
 register(
@@ -25,5 +25,6 @@ register(
             },
         },
         kv_cache=KV_CACHE,
+        attends=ATTENDS,
     )
 )

@@ -1,6 +1,6 @@
 """OLMo 2 and 3: norms only after each block, and norms over the queries and keys of all heads together."""
 
-from nestling.anatomy.architectures._dense import ATTENTION, ATTENTION_BIAS, KV_CACHE, MLP, MODEL, SIZES, axes
+from nestling.anatomy.architectures._dense import ATTENDS, ATTENTION, ATTENTION_BIAS, KV_CACHE, MLP, MODEL, SIZES, axes
 from nestling.anatomy.declare import Architecture, register
 
 BLOCKS = {
@@ -26,5 +26,6 @@ for _model_type in ("olmo2", "olmo3"):
             tensors=MODEL,
             blocks=BLOCKS,
             kv_cache=KV_CACHE,
+            attends=ATTENDS,
         )
     )

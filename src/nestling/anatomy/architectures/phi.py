@@ -1,6 +1,6 @@
 """Phi-3: query, key and value in one matrix, gate and up in another."""
 
-from nestling.anatomy.architectures._dense import KV_CACHE, MODEL, PRE_NORMS, SIZES, axes
+from nestling.anatomy.architectures._dense import ATTENDS, KV_CACHE, MODEL, PRE_NORMS, SIZES, axes
 from nestling.anatomy.declare import Architecture, register
 
 register(
@@ -21,5 +21,6 @@ register(
             "norms": PRE_NORMS,
         },
         kv_cache=KV_CACHE,
+        attends=ATTENDS,
     )
 )

@@ -1,6 +1,7 @@
 """Qwen2 (biases on q, k, v) and Qwen3 (RMSNorm on every head's query and key)."""
 
 from nestling.anatomy.architectures._dense import (
+    ATTENDS,
     ATTENTION,
     ATTENTION_BIAS,
     KV_CACHE,
@@ -20,6 +21,7 @@ register(
         tensors=MODEL,
         blocks={"attention": ATTENTION | ATTENTION_BIAS, "mlp": MLP, "norms": PRE_NORMS},
         kv_cache=KV_CACHE,
+        attends=ATTENDS,
         layer_thresholds=("max_window_layers",),
     )
 )
@@ -37,6 +39,7 @@ register(
         tensors=MODEL,
         blocks={"attention": ATTENTION | ATTENTION_BIAS | HEAD_NORMS, "mlp": MLP, "norms": PRE_NORMS},
         kv_cache=KV_CACHE,
+        attends=ATTENDS,
         layer_thresholds=("max_window_layers",),
     )
 )

@@ -1,0 +1,90 @@
+"""Models whose layers differ in size: stock layers, each built from a config of its own.
+
+For every declared architecture there is a config class `nestling_<type>` that adds `layer_shapes` (config field ->
+one value per layer), and a model class whose layers are the stock layer class given a view of the config with that
+layer's values. Nothing else differs, so attention kernels, caches and `generate` work as they are. Both are
+registered with the auto classes when `nestling` is imported; model code is loaded on first use.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from nestling.anatomy.declare import ARCHITECTURES
+
+PREFIX = "nestling_"
+
+
+class LayerConfig:
+    """A config as one layer sees it: that layer's sizes in front of the model's config."""
+
+    def __init__(self, config: PreTrainedConfig, sizes: dict[str, int]):
+        self.__dict__.update(_config=config, **sizes)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_config":
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+
+@lru_cache
+def config_class(model_type: str) -> type[PreTrainedConfig]:
+    """The per-layer config class of an architecture: its stock config and `layer_shapes`."""
+    stock = CONFIG_MAPPING[model_type]
+    members = {
+        "model_type": PREFIX + model_type,
+        "base_model_type": model_type,
+        "layer_shapes": None,
+        "__module__": __name__,
+        "__doc__": f"{stock.__name__} with `layer_shapes`: a list with one value per layer for each field in it.",
+    }
+    return type(f"Nestling{stock.__name__}", (stock,), members)
+
+
+@lru_cache
+def model_class(model_type: str) -> type[PreTrainedModel]:
+    """The causal language model for `config_class(model_type)`."""
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
+    path = ARCHITECTURES[model_type].layers
+
+    def __init__(self: PreTrainedModel, config: PreTrainedConfig) -> None:
+        stock.__init__(self, config)
+        layers = self.get_submodule(path)
+        for i, layer in enumerate(layers):
+            sizes = {field: values[i] for field, values in (config.layer_shapes or {}).items()}
+            layers[i] = type(layer)(LayerConfig(config, sizes), i)
+        self.post_init()
+
+    members = {
+        "__init__": __init__,
+        "config_class": config_class(model_type),
+        "__module__": __name__,
+        "__doc__": f"{stock.__name__} whose layers have the sizes in `config.layer_shapes`.",
+    }
+    return type(f"Nestling{stock.__name__}", (stock,), members)
+
+
+class _Deferred:
+    """Stands for a model class in the auto classes until it is needed, so that importing nestling stays quick."""
+
+    def __init__(self, model_type: str):
+        self.model_type = model_type
+        self.config_class = config_class(model_type)
+        self.__name__ = f"Nestling[{model_type}]"
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "model_type":
+            raise AttributeError(name)
+        return getattr(model_class(self.model_type), name)
+
+
+def register_per_layer() -> None:
+    """Make every declared architecture's per-layer variant known to `AutoConfig` and `AutoModelForCausalLM`."""
+    for model_type in ARCHITECTURES:
+        AutoConfig.register(PREFIX + model_type, config_class(model_type), exist_ok=True)
+        AutoModelForCausalLM.register(config_class(model_type), _Deferred(model_type), exist_ok=True)

@@ -1,0 +1,140 @@
+"""What a shape costs: parameters, bytes and FLOPs as functions of (anatomy, shape), without building a model.
+
+Every figure is a sum over the declared layouts, so an architecture's declaration is all that this file needs.
+Formulas: parameters are counted once where embeddings are tied; FLOPs per token are 2 per weight of every matrix a
+token meets (the output matrix counts, the embedding look-up does not) plus 4 per query channel and attended
+position (scores and values), for one new token after `context` others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from nestling.anatomy import Anatomy, TensorSpec
+from nestling.anatomy.notation import parse
+from nestling.shape import Form, fit
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one shape costs.
+
+    params, active_params: all weights, and those one token uses. weight_bytes: in the model's dtype.
+    kv_bytes, state_bytes: for `batch` sequences of `context` tokens; state is what does not grow with them.
+    flops_per_token: for one token after `context` others.
+    """
+
+    params: int
+    active_params: int
+    weight_bytes: int
+    kv_bytes: int
+    state_bytes: int
+    flops_per_token: int
+    context: int
+    batch: int
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def cost(
+    model: PreTrainedModel | PreTrainedConfig | Anatomy,
+    shape: Mapping[str, Any] | None = None,
+    context: int = 4096,
+    batch: int = 1,
+    dtype: torch.dtype | None = None,
+) -> Cost:
+    """The cost of a model, or of a shape cut from it.
+
+    shape: None is the model as it is. context: tokens per sequence. batch: sequences. dtype: of weights and cache, the
+    model's own unless given. Raises `ShapeError` when the shape cannot be cut from the model.
+    """
+    anatomy = model if isinstance(model, Anatomy) else Anatomy.of(model)
+    return cost_of_form(anatomy, fit(anatomy, shape or {}), context, batch, dtype)
+
+
+def cost_of_form(
+    anatomy: Anatomy, form: Form, context: int = 4096, batch: int = 1, dtype: torch.dtype | None = None
+) -> Cost:
+    """As `cost`, for a form that has been fitted already."""
+    item = torch.empty((), dtype=dtype or _dtype(anatomy.config)).element_size()
+    architecture = anatomy.architecture
+    params = active = matmul = 0
+    for spec, sizes in _tensors(anatomy, form):
+        tied_copy = anatomy.tied and spec.name == architecture.tied
+        count = math.prod(dimension.size(sizes) for dimension in spec.layout)
+        used = count * _share_used(anatomy, spec, sizes)
+        params += 0 if tied_copy else count
+        active += 0 if tied_copy else used
+        matmul += used if len(spec.layout) > 1 and spec.name != architecture.lookup else 0
+    blocks = list(_blocks(anatomy, form))
+    attended = [(sizes, block, _attended(anatomy, layer, context)) for layer, sizes, block in blocks]
+    kv = sum(length * _products(architecture.kv_cache.get(block, ()), sizes) for sizes, block, length in attended)
+    attention = sum(length * _products(_one(architecture.attends.get(block)), sizes) for sizes, block, length in attended)
+    state = sum(_products(architecture.state.get(block, ()), sizes) for _, sizes, block in blocks)
+    return Cost(
+        params=params,
+        active_params=round(active),
+        weight_bytes=params * item,
+        kv_bytes=kv * batch * item,
+        state_bytes=state * batch * item,
+        flops_per_token=round(2 * matmul + 4 * attention),
+        context=context,
+        batch=batch,
+    )
+
+
+def _tensors(anatomy: Anatomy, form: Form) -> Iterator[tuple[TensorSpec, dict[str, int]]]:
+    place = {layer: position for position, layer in enumerate(form.layers)}
+    for spec in anatomy.tensors.values():
+        if spec.layer is None:
+            yield spec, form.sizes[0]
+        elif spec.layer in place:
+            yield spec, form.sizes[place[spec.layer]]
+
+
+def _blocks(anatomy: Anatomy, form: Form) -> Iterator[tuple[int, dict[str, int], str]]:
+    blocks: dict[int, set[str]] = {}
+    for spec in anatomy.tensors.values():
+        if spec.layer is not None and spec.block is not None:
+            blocks.setdefault(spec.layer, set()).add(spec.block)
+    for layer, sizes in zip(form.layers, form.sizes, strict=True):
+        for block in sorted(blocks[layer]):
+            yield layer, sizes, block
+
+
+def _share_used(anatomy: Anatomy, spec: TensorSpec, sizes: Mapping[str, int]) -> float:
+    """The part of a tensor that one token uses: experts are chosen, everything else is used whole."""
+    share = 1.0
+    for axis in anatomy.axes.values():
+        if axis.active and len(spec.layout) > 2 and axis.letter in spec.layout[0].letters:
+            share *= min(1.0, getattr(anatomy.config, axis.active) / sizes[axis.letter])
+    return share
+
+
+def _attended(anatomy: Anatomy, layer: int, context: int) -> int:
+    """Positions that a layer's attention keeps: all, or a window."""
+    config = anatomy.config
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    slides = window and (kinds is None or kinds[layer] == "sliding_attention")
+    return min(context, window) if slides else context
+
+
+def _products(products: tuple[str, ...], sizes: Mapping[str, int]) -> int:
+    return sum(parse(f"({product})")[0].size(sizes) for product in products)
+
+
+def _one(product: str | None) -> tuple[str, ...]:
+    return (product,) if product else ()
+
+
+def _dtype(config: PreTrainedConfig) -> torch.dtype:
+    dtype = getattr(config, "dtype", None)
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32

@@ -1,0 +1,140 @@
+"""`masked`: for a while, the parent computes exactly what the slice would.
+
+Every tensor is seen through a zero mask that the anatomy implies, dropped layers return their input, and every norm
+takes its statistics over the kept channels only (zeroed channels would otherwise still count in the mean; see
+arXiv 2504.11409 and the identity RMSNorm_slice(x_k; eps) = sqrt(r) RMSNorm_full(m x; eps r)). Parameters are
+shadowed on their modules while those run, never changed, so gradients reach the parent and are zero outside the slice.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import LongTensor, Tensor, nn
+from transformers import PreTrainedModel
+
+from nestling.anatomy import Anatomy, TensorSpec
+from nestling.errors import ShapeError
+from nestling.ranking.ranking import Ranking
+from nestling.surgery.choose import Selection, choose, prefix_ranking
+from nestling.surgery.cut import current_ranking, sorted_by
+
+
+@contextmanager
+def masked(model: PreTrainedModel, shape: Mapping[str, Any], ranking: Ranking | None = None) -> Iterator[PreTrainedModel]:
+    """Within this context `model` computes what the model pruned to `shape` would, in logits and gradients.
+
+    ranking: which units stay. Without one they are the first of every axis, which is right for a model that
+    `reorder` has sorted; a shape with fewer layers then needs that the model was sorted by a ranking of its layers.
+    """
+    anatomy = Anatomy.of(model)
+    selection = choose(anatomy, _ranking_for(model, anatomy, shape, ranking), shape)
+    with ExitStack() as hooks:
+        for path, specs in _by_module(anatomy).items():
+            _mask_module(model.get_submodule(path), specs, selection, hooks)
+        for layer, module in enumerate(anatomy.layers(model)):
+            if layer not in selection.form.layers:
+                hooks.callback(module.register_forward_hook(_return_input, with_kwargs=True).remove)
+        yield model
+
+
+def _ranking_for(
+    model: PreTrainedModel, anatomy: Anatomy, shape: Mapping[str, Any], ranking: Ranking | None
+) -> Ranking:
+    if ranking is not None:
+        return current_ranking(model, ranking)
+    known = sorted_by(model)
+    depth = known.scores.get(anatomy.depth_field) if known else None
+    if depth is None and anatomy.depth_field in shape and shape[anatomy.depth_field] != anatomy.num_layers:
+        raise ShapeError(
+            f"{anatomy.depth_field}={shape[anatomy.depth_field]} without an order of the layers: pass ranking=, or call "
+            f"reorder(model, ranking) first"
+        )
+    return prefix_ranking(anatomy, depth if isinstance(depth, Tensor) else torch.zeros(anatomy.num_layers))
+
+
+def _by_module(anatomy: Anatomy) -> dict[str, list[TensorSpec]]:
+    modules: dict[str, list[TensorSpec]] = {}
+    for spec in anatomy.tensors.values():
+        modules.setdefault(spec.module, []).append(spec)
+    return modules
+
+
+def _mask_module(module: nn.Module, specs: list[TensorSpec], selection: Selection, hooks: ExitStack) -> None:
+    layer = specs[0].layer
+    if layer is not None and layer not in selection.form.layers:
+        return
+    indices = {spec.name.rpartition(".")[2]: selection.index(spec) for spec in specs}
+    cut = {
+        name: index
+        for name, index in indices.items()
+        if any(kept is not None and len(kept) < size for kept, size in zip(index, getattr(module, name).shape, strict=True))
+    }
+    if not cut:
+        return
+    if _is_norm(module, specs):
+        kept = next(iter(cut.values()))[0]
+        assert kept is not None
+        hooks.callback(module.register_forward_hook(_narrow_norm(kept)).remove)
+    else:
+        masks = {name: _mask(getattr(module, name), index) for name, index in cut.items()}
+        hooks.callback(module.register_forward_pre_hook(_shadow(masks)).remove)
+        hooks.callback(module.register_forward_hook(_unshadow(masks), always_call=True).remove)
+
+
+def _is_norm(module: nn.Module, specs: list[TensorSpec]) -> bool:
+    """A leaf whose tensors are all vectors over the same channels normalizes them."""
+    return not any(True for _ in module.children()) and all(len(spec.layout) == 1 for spec in specs)
+
+
+def _mask(tensor: Tensor, index: tuple[LongTensor | None, ...]) -> Tensor:
+    """A tensor of ones that broadcasts, with zeros where any dimension's element is not kept."""
+    mask = torch.ones((), dtype=tensor.dtype, device=tensor.device)
+    for dim, kept in enumerate(index):
+        if kept is not None:
+            line = torch.zeros(tensor.shape[dim], dtype=tensor.dtype, device=tensor.device)
+            line[kept.to(tensor.device)] = 1
+            mask = mask * line.view([-1 if i == dim else 1 for i in range(tensor.dim())])
+    return mask
+
+
+def _shadow(masks: dict[str, Tensor]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any) -> None:
+        for name, mask in masks.items():
+            module.__dict__[name] = module._parameters[name] * mask
+
+    return hook
+
+
+def _unshadow(masks: dict[str, Tensor]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        for name in masks:
+            module.__dict__.pop(name, None)
+
+    return hook
+
+
+def _narrow_norm(kept: LongTensor) -> Callable[..., Tensor]:
+    """Replace a norm's output by that of the same norm over the kept channels, zero elsewhere."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        index = kept.to(output.device)
+        narrow = copy.copy(module)
+        narrow.__dict__ = dict(module.__dict__) | {"_forward_hooks": {}, "_forward_pre_hooks": {}, "_parameters": {}}
+        for name, parameter in module._parameters.items():
+            narrow.__dict__[name] = None if parameter is None else parameter[index]
+        if hasattr(module, "normalized_shape"):
+            narrow.__dict__["normalized_shape"] = (len(kept),)
+        inner = narrow(args[0][..., index], *args[1:])
+        return torch.zeros_like(output).index_copy(-1, index, inner)
+
+    return hook
+
+
+def _return_input(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
