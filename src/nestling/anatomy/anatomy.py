@@ -130,13 +130,12 @@ class Anatomy:
         """The list of decoder layers of a model of this anatomy."""
         return model.get_submodule(self.architecture.layers)  # type: ignore[return-value]
 
-    def places(self, axis: Axis, layer: int) -> Iterator[tuple[str, bool]]:
-        """Where an axis is scored in a layer: `(tensor name, whether the module's input is read)`."""
-        for place in axis.scored_at:
-            side, _, module = place.partition(" ")
+    def places(self, axis: Axis, layer: int) -> Iterator[str]:
+        """Tensors of the modules that read an axis in a layer; the axis is their last dimension."""
+        for module in axis.scored_at:
             name = f"{self.layer_path(layer)}.{module}.weight"
             if name in self.tensors:
-                yield name, side == "input"
+                yield name
 
     # ---- construction
 

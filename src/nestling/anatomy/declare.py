@@ -28,8 +28,8 @@ class Axis:
     counts_all: whether `field` counts the units of all outer units together (attention heads of all KV groups)
         or of one of them.
     active: config field that says how many of the units one token uses; all of them unless given.
-    scored_at: activations from which units are scored: `input X` is what the module X reads, `output X` what it
-        returns; the layout is that of X's weight. Several places are added up.
+    scored_at: modules of a layer whose input is the axis's activation and whose weight's last dimension it is; the
+        scores at several of them are added up.
     """
 
     letter: str

@@ -79,6 +79,16 @@ class Dimension:
             start += math.prod(_size(letter, sizes) for letter in part)
         return torch.cat(blocks)  # type: ignore[return-value]
 
+    def unit_view(self, letters: tuple[str, ...], sizes: Sizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """How to see a dimension of one part by units: `(view, inside)`.
+
+        Reshaped to `view`, the positions in `inside` are what belongs to one unit; the others are `letters`, in order.
+        """
+        if len(self.parts) != 1:
+            raise ValueError(f"'{self}' has several parts and no single view by units")
+        part = self.parts[0]
+        return tuple(_sized(part, sizes)), tuple(i for i, letter in enumerate(part) if letter not in letters)
+
     def owner(self, letters: tuple[str, ...], sizes: Sizes) -> LongTensor:
         """For each element the unit it belongs to, counted through `letters` (outer first); -1 in parts without them."""
         owners = []

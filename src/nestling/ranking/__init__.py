@@ -1,5 +1,7 @@
-"""Importance: the record (`Ranking`), the metrics, and the sweep that measures them."""
+"""Importance: the record (`Ranking`), the metrics, and the passes that measure them."""
 
+from nestling.ranking.metrics import METRICS, Reading, metric
+from nestling.ranking.rank import LAYER_METRICS, rank
 from nestling.ranking.ranking import Ranking
 
-__all__ = ["Ranking"]
+__all__ = ["LAYER_METRICS", "METRICS", "Ranking", "Reading", "metric", "rank"]

@@ -18,6 +18,7 @@ from torch import LongTensor, Tensor, nn
 from transformers import PreTrainedModel
 
 from nestling.anatomy import Anatomy, TensorSpec
+from nestling.anatomy.bypass import bypassed
 from nestling.errors import ShapeError
 from nestling.ranking.ranking import Ranking
 from nestling.surgery.choose import Selection, choose, prefix_ranking
@@ -38,7 +39,7 @@ def masked(model: PreTrainedModel, shape: Mapping[str, Any], ranking: Ranking | 
             _mask_module(model.get_submodule(path), specs, selection, hooks)
         for layer, module in enumerate(anatomy.layers(model)):
             if layer not in selection.form.layers:
-                hooks.callback(module.register_forward_hook(_return_input, with_kwargs=True).remove)
+                hooks.enter_context(bypassed(module))
         yield model
 
 
@@ -134,7 +135,3 @@ def _narrow_norm(kept: LongTensor) -> Callable[..., Tensor]:
 
     return hook
 
-
-def _return_input(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    hidden = args[0] if args else kwargs["hidden_states"]
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

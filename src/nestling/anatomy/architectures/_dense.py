@@ -15,10 +15,10 @@ def head_dim(config: Config) -> int:
 def axes(query: str = "self_attn.q_proj", gate: str = "mlp.gate_proj") -> tuple[Axis, ...]:
     """The four width axes; `query` and `gate` are the modules that read the residual stream."""
     return (
-        Axis("hidden", "hidden_size", scope="model", scored_at=(f"input {query}", f"input {gate}")),
-        Axis("ffn", "intermediate_size", scored_at=("input mlp.down_proj",)),
-        Axis("kv", "num_key_value_heads", scored_at=("input self_attn.o_proj",)),
-        Axis("q", "num_attention_heads", within=("kv",), scored_at=("input self_attn.o_proj",)),
+        Axis("hidden", "hidden_size", scope="model", scored_at=(query, gate)),
+        Axis("ffn", "intermediate_size", scored_at=("mlp.down_proj",)),
+        Axis("kv", "num_key_value_heads", scored_at=("self_attn.o_proj",)),
+        Axis("q", "num_attention_heads", within=("kv",), scored_at=("self_attn.o_proj",)),
     )
 
 

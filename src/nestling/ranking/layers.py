@@ -1,0 +1,143 @@
+"""Layers by what is lost when they are left out.
+
+Each layer is taken out in turn and the model compared with itself: by the loss on the text (`perplexity`), by the KL
+divergence of its next-token distribution (`kl`), or by the normalized error of its last hidden state
+(`output_error`). A model is only run from the layer that is missing, on the stored stream before it, so a round costs
+half a forward pass per layer. Greedy removal repeats this on what is left. Papers: arXiv 2407.14679, section 2.2
+(perplexity), 2504.11409 (normalized error, KL).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nestling.anatomy import Anatomy, decoder, logits_head
+from nestling.anatomy.bypass import bypassed
+from nestling.errors import NestlingError
+from nestling.ranking.sweep import Batch, evaluating
+
+Progress = Callable[[int], None]
+CHUNK = 512
+
+Head = Callable[[Tensor], Tensor]
+# From the whole model's hidden states [batch, seq, hidden], the ids [batch, seq] and the head to a function that gives
+# the damage of a cut model's hidden states, summed over tokens.
+Damage = Callable[[Tensor, Tensor, Head], Callable[[Tensor], Tensor]]
+
+
+def _loss(whole: Tensor, ids: Tensor, head: Head) -> Callable[[Tensor], Tensor]:
+    targets = ids[:, 1:].flatten()
+    return lambda cut: F.cross_entropy(head(cut[:, :-1]).flatten(0, 1).float(), targets, reduction="sum")
+
+
+def _kl(whole: Tensor, ids: Tensor, head: Head) -> Callable[[Tensor], Tensor]:
+    target = F.log_softmax(head(whole).float(), dim=-1)
+    return lambda cut: F.kl_div(F.log_softmax(head(cut).float(), -1), target, log_target=True, reduction="sum")
+
+
+def _output_error(whole: Tensor, ids: Tensor, head: Head) -> Callable[[Tensor], Tensor]:
+    size = whole.float().square().sum(-1)
+    return lambda cut: ((cut - whole).float().square().sum(-1) / size).sum()
+
+
+DAMAGES: dict[str, Damage] = {"perplexity": _loss, "kl": _kl, "output_error": _output_error}
+
+
+def leave_one_out(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    damage: str = "kl",
+    removed: Iterable[int] = (),
+    progress: Progress | None = None,
+) -> Tensor:
+    """What each layer's absence does, mean over tokens `[num_layers]`; infinite for those `removed` already.
+
+    damage: `perplexity` (loss), `kl` or `output_error`. progress: told of each layer done in each batch.
+    """
+    if damage not in DAMAGES:
+        raise NestlingError(f"'{damage}' is not a layer metric: choose from {', '.join(DAMAGES)}")
+    anatomy, gone = Anatomy.of(model), set(removed)
+    totals = torch.full((anatomy.num_layers,), float("inf"), dtype=torch.float64)
+    candidates = [layer for layer in range(anatomy.num_layers) if layer not in gone]
+    totals[candidates] = 0
+    tokens = 0
+    with evaluating(model), torch.no_grad():
+        for batch in batches:
+            ids = batch["input_ids"].to(model.device)
+            for row in ids.split(max(1, CHUNK // ids.shape[1])):
+                totals[candidates] += _damages(model, anatomy, row, DAMAGES[damage], candidates, gone, progress)
+                tokens += row.numel()
+    return totals / max(1, tokens)
+
+
+def greedy(
+    model: PreTrainedModel, batches: Iterable[Batch], damage: str = "kl", rounds: int | None = None, progress: Progress | None = None
+) -> Tensor:
+    """Scores from removing the least harmful layer again and again `[num_layers]`, higher for those that last longer.
+
+    rounds: layers to remove this way; the rest follow by their damage in the last round. All but one unless given.
+    """
+    kept = list(batches)
+    anatomy = Anatomy.of(model)
+    order: list[int] = []
+    damages = leave_one_out(model, kept, damage, order, progress)
+    for _ in range(min(rounds or anatomy.num_layers - 1, anatomy.num_layers - 1)):
+        order.append(int(damages.argmin()))
+        if len(order) < (rounds or anatomy.num_layers - 1):
+            damages = leave_one_out(model, kept, damage, order, progress)
+    rest = [layer for layer in damages.argsort().tolist() if layer not in order]
+    scores = torch.empty(anatomy.num_layers, dtype=torch.float64)
+    scores[order + rest] = torch.arange(anatomy.num_layers, dtype=torch.float64)
+    return scores
+
+
+def _damages(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    ids: Tensor,
+    damage: Damage,
+    candidates: list[int],
+    gone: set[int],
+    progress: Progress | None,
+) -> Tensor:
+    """The damage of leaving out each candidate, for one piece of text `[batch, seq]`."""
+    layers = anatomy.layers(model)
+    whole = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
+    measure = damage(whole, ids, logits_head(model))
+    streams = _streams(model, anatomy, ids, gone)
+    result = []
+    for layer in candidates:
+        with ExitStack() as stack:
+            for other in gone | set(range(layer)):
+                stack.enter_context(bypassed(layers[other]))
+            stack.enter_context(bypassed(layers[layer], lambda hidden, stream=streams[layer]: stream))
+            cut = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
+        result.append(measure(cut).double().cpu())
+        if progress is not None:
+            progress(1)
+    return torch.stack(result)
+
+
+def _streams(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, gone: set[int]) -> list[Tensor]:
+    """What enters each layer `[batch, seq, hidden]` when those in `gone` are left out."""
+    streams: list[Tensor] = []
+    with ExitStack() as stack:
+        for index, layer in enumerate(anatomy.layers(model)):
+            stack.callback(layer.register_forward_pre_hook(_store(streams), with_kwargs=True).remove)
+            if index in gone:
+                stack.enter_context(bypassed(layer))
+        decoder(model)(input_ids=ids, use_cache=False)
+    return streams
+
+
+def _store(streams: list[Tensor]) -> Callable[..., None]:
+    def hook(module: object, args: tuple, kwargs: Mapping[str, Tensor]) -> None:
+        streams.append(args[0] if args else kwargs["hidden_states"])
+
+    return hook

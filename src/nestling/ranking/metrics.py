@@ -1,0 +1,80 @@
+"""Importance metrics for width units: what one token says about one unit.
+
+A metric is a function of a `Reading` (one module's input, output and weight, seen by units) that returns magnitudes
+`[batch, seq, units]`; `Aggregate` then reduces them. Register your own with `@metric("name", ...)` and it works for every
+axis of every architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nestling.errors import NestlingError
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a metric sees of one call of the module that reads an axis.
+
+    activation: the module's input by units, `[batch, seq, units, inside]` (inside: channels of a head, 1 for neurons).
+    output: what the module returned, `[batch, seq, out]`. weight: its weight by units, `[out, units, inside]`.
+    """
+
+    activation: Tensor
+    output: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A magnitude per token and unit, and the aggregation it is meant for (batch, sequence)."""
+
+    magnitude: Callable[[Reading], Tensor]
+    over_batch: str
+    over_sequence: str
+
+
+METRICS: dict[str, Metric] = {}
+
+
+def metric(name: str, over_batch: str = "l2", over_sequence: str = "mean") -> Callable:
+    """Register a function `Reading -> [batch, seq, units]` as an importance metric."""
+
+    def register(magnitude: Callable[[Reading], Tensor]) -> Callable[[Reading], Tensor]:
+        METRICS[name] = Metric(magnitude, over_batch, over_sequence)
+        return magnitude
+
+    return register
+
+
+def find_metric(name: str) -> Metric:
+    """The metric of that name. Raises `NestlingError` that lists those there are."""
+    if name not in METRICS:
+        raise NestlingError(f"'{name}' is not an importance metric: choose from {', '.join(METRICS)}")
+    return METRICS[name]
+
+
+@metric("activation")
+def activation(read: Reading) -> Tensor:
+    """Minitron: the size of the unit's activation, |a| or for several channels ||a||_2 (arXiv 2407.14679, section 2.2)."""
+    if read.activation.shape[-1] == 1:
+        return read.activation[..., 0]
+    return torch.linalg.vector_norm(read.activation, dim=-1, dtype=torch.float32)
+
+
+@metric("contribution", over_batch="l2", over_sequence="l2")
+def contribution(read: Reading) -> Tensor:
+    """The unit's share in what its reader writes: ||W_u a_u||_2 / ||W a||_2 for each token.
+
+    Dividing by the token's own output keeps the few tokens with massive activations from deciding alone.
+    """
+    if read.activation.shape[-1] == 1:
+        size = read.activation[..., 0] * torch.linalg.vector_norm(read.weight[..., 0], dim=0)
+    else:
+        gram = torch.einsum("oui,ouj->uij", read.weight, read.weight)
+        size = torch.einsum("bsui,uij,bsuj->bsu", read.activation, gram, read.activation).clamp_min(0).sqrt()
+    return size / torch.linalg.vector_norm(read.output, dim=-1, keepdim=True).clamp_min(1e-20)

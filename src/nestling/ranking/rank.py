@@ -1,0 +1,86 @@
+"""`rank`: from a model and calibration batches to a `Ranking` of everything that can be cut.
+
+Width units and block influence come from one sweep. Leaving layers out one by one costs passes of its own and is done
+only when it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nestling.anatomy import Anatomy
+from nestling.errors import NestlingError
+from nestling.ranking.layers import DAMAGES, greedy, leave_one_out
+from nestling.ranking.metrics import Metric, find_metric
+from nestling.ranking.ranking import Ranking, Scores
+from nestling.ranking.sweep import Batch, Measured, sweep
+
+LAYER_METRICS = ("block_influence", *DAMAGES)
+
+
+def rank(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    metric: str | Mapping[str, str] = "contribution",
+    over_batch: str | None = None,
+    over_sequence: str | None = None,
+    layers: str = "block_influence",
+    greedy_layers: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Ranking:
+    """Score every axis of the model on calibration batches.
+
+    batches: iterable of `{"input_ids": LongTensor[batch, seq], ...}`; an `attention_mask` leaves padding out.
+    metric: importance of width units, `contribution` or `activation` (Minitron's) or one registered with
+        `nestling.ranking.metric`; or a mapping from axis to metric.
+    over_batch, over_sequence: aggregation `mean`, `l2` or `var`; the metric's own unless given.
+    layers: `block_influence` (in the same sweep), or `perplexity`, `kl`, `output_error` when each is left out in turn.
+    greedy_layers: remove this many layers one after another, scoring anew each time (not for block influence).
+    progress: told the number of tokens of each batch of the sweep.
+
+    Raises `NestlingError` for an unknown metric, `DataError` when there are no batches.
+    """
+    if layers not in LAYER_METRICS:
+        raise NestlingError(f"'{layers}' is not a layer metric: choose from {', '.join(LAYER_METRICS)}")
+    anatomy = Anatomy.of(model)
+    names = {field: metric if isinstance(metric, str) else metric.get(field, "contribution") for field in anatomy.axes}
+    metrics = {field: _aggregated(find_metric(name), over_batch, over_sequence) for field, name in names.items()}
+    if layers != "block_influence":
+        batches = list(batches)
+    measured = sweep(model, batches, metrics, progress)
+    scores: dict[str, Scores] = {field: _combined(anatomy, field, measured) for field in anatomy.axes}
+    scores[anatomy.depth_field] = _layer_scores(model, batches, measured, layers, greedy_layers)
+    info = {
+        "metric": names,
+        "layers": layers,
+        "greedy_layers": greedy_layers,
+        "tokens": measured.tokens,
+        "model_type": anatomy.architecture.model_type,
+    }
+    return Ranking(scores, info)
+
+
+def _aggregated(metric: Metric, over_batch: str | None, over_sequence: str | None) -> Metric:
+    return Metric(metric.magnitude, over_batch or metric.over_batch, over_sequence or metric.over_sequence)
+
+
+def _combined(anatomy: Anatomy, field: str, measured: Measured) -> Scores:
+    """Per layer as measured; for an axis of the whole model the sum over layers."""
+    per_layer = measured.units[field]
+    if anatomy.axis(field).scope == "model":
+        return torch.stack([scores for scores in per_layer if len(scores)]).sum(0)
+    return tuple(per_layer)
+
+
+def _layer_scores(
+    model: PreTrainedModel, batches: Iterable[Batch], measured: Measured, layers: str, greedy_layers: int
+) -> Tensor:
+    if layers == "block_influence":
+        return measured.influence
+    if greedy_layers:
+        return greedy(model, batches, layers, greedy_layers)
+    return leave_one_out(model, batches, layers)

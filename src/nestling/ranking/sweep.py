@@ -1,0 +1,165 @@
+"""One sweep over calibration data that scores every unit of every axis, through hooks on the untouched model.
+
+Where an axis is read is declared with it; what belongs to a unit follows from the layout of the tensor read there.
+What is measured of a unit is up to the metric of its axis. The
+same sweep compares every layer's input and output (block influence). Paper: Minitron, arXiv 2407.14679, section 2.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nestling.anatomy import Anatomy, Axis, decoder
+from nestling.errors import DataError
+from nestling.ranking.aggregate import Aggregate
+from nestling.ranking.metrics import Metric, Reading
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass
+class Measured:
+    """What a sweep saw.
+
+    units: axis field -> per layer `[units]`, the aggregated magnitude, summed over the places where the axis is read.
+    influence: block influence of each layer `[num_layers]`. tokens: how many were seen, padding left out.
+    """
+
+    units: dict[str, list[Tensor]] = field(default_factory=dict)
+    influence: Tensor = field(default_factory=lambda: torch.zeros(0))
+    tokens: int = 0
+
+
+def sweep(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    metrics: Mapping[str, Metric],
+    progress: Callable[[int], None] | None = None,
+) -> Measured:
+    """Run the backbone over the batches once and measure every axis.
+
+    batches: mappings with `input_ids` `[batch, seq]` and maybe `attention_mask`. metrics: what is measured of each axis,
+    by its config field; axes that are not named are left out. progress: told the tokens of each
+    batch. Raises `DataError` when there is no batch. Hooks are gone and the training flag is back afterwards.
+    """
+    anatomy = Anatomy.of(model)
+    watch = _Watch(anatomy, metrics)
+    tokens = 0
+    with watch.on(model), evaluating(model), torch.no_grad():
+        for batch in batches:
+            inputs = watch.begin(batch, model.device)
+            decoder(model)(**inputs, use_cache=False)
+            tokens += watch.tokens
+            if progress is not None:
+                progress(watch.tokens)
+    if not tokens:
+        raise DataError("the calibration data has no batches: give at least one with input_ids [batch, seq]")
+    return Measured(watch.unit_scores(), watch.influence(), tokens)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+class _Watch:
+    """The hooks of one sweep and what they have added up."""
+
+    def __init__(self, anatomy: Anatomy, metrics: Mapping[str, Metric]):
+        self.anatomy = anatomy
+        self.metrics = metrics
+        self.tokens = 0
+        self._mask: Tensor | None = None
+        self._units = {
+            (field, layer, name): Aggregate(metric.over_batch, metric.over_sequence)
+            for field, metric in metrics.items()
+            for layer in range(anatomy.num_layers)
+            for name in anatomy.places(anatomy.axis(field), layer)
+        }
+        self._similarity = [torch.zeros((), dtype=torch.float64) for _ in range(anatomy.num_layers)]
+        self._seen = 0
+
+    def begin(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+        """Note the batch's padding; returns what the model is called with."""
+        inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
+        mask = inputs.get("attention_mask")
+        padded = mask is not None and not bool(mask.all())
+        self._mask = mask[..., None].float() if padded and mask is not None else None
+        self.tokens = int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
+        self._seen += self.tokens
+        return inputs
+
+    @contextmanager
+    def on(self, model: PreTrainedModel) -> Iterator[None]:
+        with ExitStack() as hooks:
+            for name, axes in self._readings().items():
+                module = model.get_submodule(self.anatomy.tensors[name].module)
+                hooks.callback(module.register_forward_hook(self._record(name, axes)).remove)
+            for layer, module in enumerate(self.anatomy.layers(model)):
+                hooks.callback(module.register_forward_hook(self._compare(layer), with_kwargs=True).remove)
+            yield
+
+    def _readings(self) -> dict[str, list[Axis]]:
+        """Tensor name -> the axes that are read at its module."""
+        readings: dict[str, list[Axis]] = {}
+        for field, _, name in self._units:
+            readings.setdefault(name, []).append(self.anatomy.axis(field))
+        return readings
+
+    def _record(self, name: str, axes: list[Axis]) -> Callable[..., None]:
+        spec = self.anatomy.tensors[name]
+        sizes = self.anatomy.sizes(spec.layer)
+        views = [spec.layout[-1].unit_view((*axis.within, axis.letter), sizes) for axis in axes]
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            for axis, (view, inside) in zip(axes, views, strict=True):
+                reading = Reading(by_units(args[0], view, inside), output, by_units(module.weight, view, inside))
+                magnitude = self.metrics[axis.field].magnitude(reading)
+                self._units[axis.field, spec.layer, name].add(magnitude, self._mask)
+
+        return hook
+
+    def _compare(self, layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
+            cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
+            cosine = cosine if self._mask is None else cosine * self._mask[..., 0]
+            self._similarity[layer] = self._similarity[layer] + cosine.sum(dtype=torch.float64).cpu()
+
+        return hook
+
+    def unit_scores(self) -> dict[str, list[Tensor]]:
+        """Axis field -> for each layer the sum of its places' scores (empty where the layer is not read)."""
+        scores = {field: [torch.zeros(0)] * self.anatomy.num_layers for field in self.metrics}
+        for (axis, layer, _), aggregate in self._units.items():
+            before = scores[axis][layer]
+            scores[axis][layer] = aggregate.score() + (before if len(before) else 0)
+        return scores
+
+    def influence(self) -> Tensor:
+        """Block influence, 1 - E[cos(input, output)] `[num_layers]` (ShortGPT, arXiv 2403.03853)."""
+        return 1 - torch.stack(self._similarity) / max(1, self._seen)
+
+
+def by_units(tensor: Tensor, view: tuple[int, ...], inside: tuple[int, ...]) -> Tensor:
+    """The last dimension of a tensor seen by units: `[..., dim]` -> `[..., units, inside]`."""
+    lead = tensor.dim() - 1
+    outside = [i for i in range(len(view)) if i not in inside]
+    split = tensor.reshape(*tensor.shape[:-1], *view)
+    ordered = split.permute(*range(lead), *(lead + i for i in outside), *(lead + i for i in inside))
+    return ordered.reshape(*tensor.shape[:-1], math.prod(view[i] for i in outside), -1)
