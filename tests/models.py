@@ -3,6 +3,9 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from nestling.anatomy import Anatomy
+from nestling.ranking import Ranking
+
 VOCAB = 97
 COMMON = {
     "vocab_size": VOCAB,
@@ -68,3 +71,29 @@ def token_batches(count: int = 3, batch: int = 2, seq: int = 12, seed: int = 1) 
 def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """Logits `[batch, seq, vocab]`."""
     return model(input_ids=ids).logits
+
+
+def random_ranking(model: PreTrainedModel, seed: int = 0) -> Ranking:
+    """Random scores for every axis and for the layers."""
+    anatomy, generator = Anatomy.of(model), torch.Generator().manual_seed(seed)
+    scores = {}
+    for field, axis in anatomy.axes.items():
+        layers = [torch.rand(anatomy.units(axis, i), generator=generator) for i in range(anatomy.num_layers)]
+        scores[field] = layers[0] if axis.scope == "model" else tuple(layers)
+    scores[anatomy.depth_field] = torch.rand(anatomy.num_layers, generator=generator)
+    return Ranking(scores)
+
+
+def cuts(variant: str) -> list[dict]:
+    """Shapes that every tiny model can take: each axis alone, one size per layer, and all at once."""
+    heads = {"num_attention_heads": 4} | ({"num_key_value_heads": 4} if variant == "llama-mha" else {})
+    return [
+        {"intermediate_size": 30},
+        {"hidden_size": 36},
+        heads,
+        {"num_key_value_heads": 1},
+        {"num_hidden_layers": 3},
+        {"intermediate_size": [44, 30, 17, 8]},
+        {"num_hidden_layers": 3, "intermediate_size": [10, 20, 30], "hidden_size": 36} | heads,
+        {"num_hidden_layers": 2, "intermediate_size": 12, "hidden_size": 24, "num_key_value_heads": 1},
+    ]

@@ -106,15 +106,18 @@ class Form:
         return len(set(self.values[field])) <= 1
 
 
-def fit(anatomy: Anatomy, shape: Mapping[str, Any], layers: Sequence[int] | None = None) -> Form:
+def fit(
+    anatomy: Anatomy, shape: Mapping[str, Any], layers: Sequence[int] | None = None, check_config: bool = True
+) -> Form:
     """Complete a shape against an anatomy.
 
-    layers: the parent's layers that stay; the first ones unless given.
+    layers: the parent's layers that stay; the first ones unless given. check_config: also ask the config class whether
+    it takes the sizes, which is slow; only for shapes made of sizes that it has taken already is it left out.
     Raises `ShapeError` for a field the model lacks, a size above the parent's, a group that would be torn, or a
     config that transformers refuses; the message names the nearest sizes that are allowed.
     """
     form = _fit(anatomy, shape, layers)
-    problem = _refusal(anatomy, form)
+    problem = _refusal(anatomy, form) if check_config else None
     if problem:
         near = _nearest(anatomy, shape, layers)
         raise ShapeError(f"{_show(shape)} is refused by the architecture's config ({problem}); {near}")
