@@ -1,0 +1,66 @@
+"""The candidate shapes: parameters against calibration loss, with the chosen one marked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from nestling.report import human
+from nestling.report.picture import describe
+from nestling.report.run import finite, items, mapping
+from nestling.report.svg import Frame, element, padded, scaled
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A shape that was tried."""
+
+    shape: dict[str, Any]
+    params: float | None
+    loss: float | None
+    chosen: bool
+
+
+def candidates(summary: Mapping[str, Any]) -> list[Candidate]:
+    """The shapes that were tried, lowest loss first, those that were not scored last.
+
+    A candidate that says `"chosen": true` is the chosen one; otherwise it is the one with the child's shape.
+    """
+    entries = [entry for entry in items(summary, "candidates") if mapping(entry)]
+    said = [entry.get("chosen") is True for entry in entries]
+    shape = mapping(summary, "shape")
+    chosen = said if any(said) else [bool(shape) and mapping(entry, "shape") == shape for entry in entries]
+    found = [
+        Candidate(mapping(entry, "shape"), finite(entry, "params"), finite(entry, "loss"), mark)
+        for entry, mark in zip(entries, chosen, strict=True)
+    ]
+    return sorted(found, key=lambda one: math.inf if one.loss is None else one.loss)
+
+
+def scatter(found: Sequence[Candidate], width: int) -> str:
+    """The candidates as points; empty if fewer than two can be placed."""
+    placed = [(one, one.params, one.loss) for one in found if one.params is not None and one.loss is not None]
+    if len(placed) < 2:
+        return ""
+    ranges = padded(params for _, params, _ in placed), padded(loss for _, _, loss in placed)
+    frame = Frame(width, 300 if width > 400 else 240, *ranges)
+    chosen_last = sorted(placed, key=lambda entry: entry[0].chosen)
+    marks = [_point(frame, *entry) for entry in chosen_last]
+    drawn = frame.axes("parameters", scaled) + "".join(marks)
+    return frame.draw(drawn, "loss of the candidate shapes over their parameters", class_="chart")
+
+
+def fields(found: Sequence[Candidate]) -> list[str]:
+    """The config fields in which the candidates were shaped, the depth first."""
+    every = dict.fromkeys(field for one in found for field in one.shape)
+    return sorted(every, key=lambda field: field != "num_hidden_layers")
+
+
+def _point(frame: Frame, one: Candidate, params: float, loss: float) -> str:
+    x, y = frame.at(params, loss)
+    title = element("title", escape(f"{describe(one.shape)}: {human.count(params)}, loss {loss:.3f}"))
+    kind = "candidate chosen" if one.chosen else "candidate"
+    return element("circle", title, class_=kind, cx=x, cy=y, r=6.5 if one.chosen else 4.5)
