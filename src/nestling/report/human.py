@@ -65,5 +65,6 @@ def _scaled(value: float | None, base: int, units: tuple[str, ...]) -> str:
     power = 0
     while power < len(units) - 1 and round(abs(value), 1) >= base:
         value, power = value / base, power + 1
-    digits = f"{value:,.1f}" if power else f"{value:,.0f}"
-    return digits.removesuffix(".0") + units[power]
+    decimals = 0 if not power else 2 if abs(value) < 9.995 else 1
+    digits = f"{value:,.{decimals}f}"
+    return (digits.rstrip("0").rstrip(".") if decimals else digits) + units[power]

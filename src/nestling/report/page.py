@@ -80,7 +80,7 @@ def facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("budget", words(summary, "budget")),
         ("architecture", words(summary, "parent", "architecture")),
         ("training data", words(data, "train")),
-        *((name, f"{human.count(count)} tokens" if count is not None else "") for name, count in tokens),
+        *((name, f"{human.count(count)} tokens" if count else "") for name, count in tokens),
         ("validation data", words(data, "validation")),
         ("seed", words(summary, "seed")),
         ("machine", words(summary, "machine")),
