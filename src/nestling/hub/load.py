@@ -1,0 +1,186 @@
+"""From a source to a model and its tokenizer: resolve, check cheaply, then let transformers load.
+
+Order matters here: settings first (dtype, device), then the config (is it a causal language model, can it be built
+without foreign code), then the headers of the weight files, and only then the weights. Keys that are missing or left
+over after loading are errors, never warnings: a model with random layers looks like a bad model, not like a mistake.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import nestling.anatomy  # noqa: F401  models whose layers differ in size become known to the auto classes
+from nestling.errors import CheckpointError
+from nestling.hub import builtin, gguf
+from nestling.hub.check import check_folder, check_weights, first_line
+from nestling.hub.quiet import model_class_name, quiet
+from nestling.hub.source import fetch_config, fetch_snapshot, locate
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A causal language model in eval mode and its tokenizer (`None` when the source has no tokenizer files).
+
+    `dtype` is a torch dtype or its name; "auto" keeps the checkpoint's (float32 for quantized GGUF files).
+    Raises `CheckpointError` for everything that is wrong with the source.
+    """
+    kind = _dtype(dtype)
+    _check_device(device)
+    place = locate(source)
+    if place.kind == "builtin":
+        folder = builtin.folder(place.name)
+    elif place.kind == "gguf":
+        return _finish(*gguf.load(place.path, kind), source, device)
+    elif place.kind == "hub":
+        check_config(fetch_config(place.name), place.name, trust_remote_code)
+        folder = fetch_snapshot(place.name, trust_remote_code)
+    else:
+        folder = place.path
+    return _finish(*load_folder(folder, kind, trust_remote_code), source, device)
+
+
+def config(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of a source, without its weights. Raises `CheckpointError` like `load`."""
+    place = locate(source)
+    if place.kind == "gguf":
+        return gguf.load_config(place.path)
+    if place.kind == "builtin":
+        folder = builtin.folder(place.name)
+    elif place.kind == "hub":
+        folder = fetch_config(place.name)
+    else:
+        folder = place.path
+        check_folder(folder)
+    return check_config(folder, source, trust_remote_code)
+
+
+def load_folder(
+    folder: Path, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """`load` for a folder in transformers' layout. Raises `CheckpointError`."""
+    check_folder(folder)
+    check_config(folder, folder, trust_remote_code)
+    check_weights(folder)
+    try:
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True,  # reported by check_keys, with names
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the model in '{folder}' cannot be loaded: {first_line(error)}") from error
+    model, found = loaded
+    check_keys(found, folder)
+    return model, load_tokenizer(folder, trust_remote_code)
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a folder, or `None` when it holds none. Raises `CheckpointError` when it is damaged."""
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+        raise CheckpointError(f"the tokenizer in '{folder}' cannot be read: {first_line(error)}") from error
+
+
+def check_config(folder: Path, name: str | Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """The config in `folder`. Raises `CheckpointError` unless it is a causal language model that may be built here."""
+    try:
+        found = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # config classes validate with exceptions of many libraries
+        raise CheckpointError(_config_sentence(name, error)) from error
+    stated = found.architectures or []
+    foreign = trust_remote_code and "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {})
+    buildable = model_class_name(found) is not None
+    if not foreign and not (buildable and (not stated or any(map(_is_causal, stated)))):
+        what = stated[0] if stated and buildable else f"model of type '{found.model_type}'"
+        raise CheckpointError(f"'{name}' is a {what}, but only causal language models (...ForCausalLM) can be loaded")
+    return found
+
+
+def check_keys(found: dict[str, Any], folder: Path) -> None:
+    """Raise `CheckpointError` when tensors were missing, left over or of another shape."""
+    for problem, meaning in (
+        ("missing_keys", "lacks tensors that its config asks for"),
+        ("unexpected_keys", "holds tensors that its config has no place for"),
+        ("mismatched_keys", "holds tensors whose shape is not the config's"),
+    ):
+        keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in found.get(problem) or ())
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise CheckpointError(
+                f"the checkpoint '{folder}' {meaning} ({', '.join(keys[:3])}{more}): "
+                f"config.json and weights are not of the same model"
+            )
+
+
+def _finish(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    source: str | Path,
+    device: str | torch.device | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    model.config._name_or_path = str(source)
+    if device is not None:
+        model.to(torch.device(device))  # type: ignore[arg-type]
+    return model.eval(), tokenizer
+
+
+def _is_causal(name: str) -> bool:
+    return name.endswith("ForCausalLM") or name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def _config_sentence(name: str | Path, error: Exception) -> str:
+    text = str(error)
+    if "trust_remote_code" in text:
+        return (
+            f"'{name}' brings its own model code, which is not run unless you allow it: "
+            f"pass trust_remote_code=True (--trust_remote_code true) if you trust its author"
+        )
+    return f"the config of '{name}' cannot be used: {first_line(error)}"
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if found != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise CheckpointError(f"dtype '{dtype}' is not known: use auto, float32, bfloat16 or float16")
+    return found
+
+
+def _check_device(device: str | torch.device | None) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CheckpointError(f"device '{device}' cannot be used here: {first_line(error)}") from error

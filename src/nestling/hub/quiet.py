@@ -1,0 +1,30 @@
+"""Transformers without its bars and tables, and its auto classes with a type: what the loaders here share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.utils import logging
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence load reports and progress bars: what matters of them is raised as an error."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def model_class_name(config: PreTrainedConfig) -> str | None:
+    """The name of the causal language model class for a config, or `None` when there is none."""
+    found: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    return found.__name__ if found is not None else None
