@@ -1,0 +1,10 @@
+"""Text in, rows of tokens out: the built-in corpus, local files and hub datasets behind one name.
+
+What a spec means is in `documents`, how documents become rows in `pack`. Nothing here knows a model: what is needed
+from it is a vocabulary size. See docs/data.md for splits and packing in words.
+"""
+
+from nestling.data.documents import documents
+from nestling.data.pack import batches, check_tokenizer, packed, token_stream
+
+__all__ = ["batches", "check_tokenizer", "documents", "packed", "token_stream"]
