@@ -1,0 +1,60 @@
+"""The negative log-likelihood of tokens, without ever holding all their logits.
+
+The backbone runs once per batch; the head runs on chunks of the positions that count, in float32, each dropped when
+its losses are taken. Architectures without a declaration run whole, their logits chunked all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nestling.anatomy import decoder, logits_head
+from nestling.errors import UnsupportedArchitecture
+
+IGNORE = -100
+CHUNK_NUMBERS = 2**24  # float32 numbers in a chunk of logits: 64 MiB
+
+
+def token_losses(model: PreTrainedModel, input_ids: Tensor, targets: Tensor) -> Tensor:
+    """-log p(target) in nats, float32 `[batch, seq]`, 0 where the target is -100.
+
+    `input_ids[b, t]` is the last token seen when `targets[b, t]` is predicted: targets are already shifted.
+    """
+    hidden, head = _forward(model, input_ids)
+    counted = targets != IGNORE
+    rows, wanted = hidden[counted], targets[counted]
+    step = max(1, CHUNK_NUMBERS // model.config.get_text_config().vocab_size)
+    parts = [
+        F.cross_entropy(head(part).float(), want, reduction="none")
+        for part, want in zip(rows.split(step), wanted.split(step), strict=True)
+    ]
+    losses = torch.zeros(targets.shape, device=hidden.device)
+    losses[counted] = torch.cat(parts) if parts else losses.new_zeros(0)
+    return losses
+
+
+def _forward(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Something per position `[batch, seq, width]`, and the function from it to logits `[..., vocab]`."""
+    try:
+        head = logits_head(model)
+    except UnsupportedArchitecture:
+        return model(input_ids=input_ids, use_cache=False).logits, lambda logits: logits
+    return decoder(model)(input_ids=input_ids, use_cache=False).last_hidden_state, head
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode without gradients; the mode is put back afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
