@@ -18,11 +18,11 @@ from nestling.anatomy import decoder, logits_head
 from nestling.errors import UnsupportedArchitecture
 
 IGNORE = -100
-CHUNK_NUMBERS = 2**24  # float32 numbers in a chunk of logits: 64 MiB
+CHUNK_NUMBERS = 2**24  # numbers in a chunk of logits: 64 MiB in float32
 
 
 def token_losses(model: PreTrainedModel, input_ids: Tensor, targets: Tensor) -> Tensor:
-    """-log p(target) in nats, float32 `[batch, seq]`, 0 where the target is -100.
+    """-log p(target) in nats `[batch, seq]`, float32 at least, 0 where the target is -100.
 
     `input_ids[b, t]` is the last token seen when `targets[b, t]` is predicted: targets are already shifted.
     """
@@ -30,12 +30,15 @@ def token_losses(model: PreTrainedModel, input_ids: Tensor, targets: Tensor) -> 
     counted = targets != IGNORE
     rows, wanted = hidden[counted], targets[counted]
     step = max(1, CHUNK_NUMBERS // model.config.get_text_config().vocab_size)
-    parts = [
-        F.cross_entropy(head(part).float(), want, reduction="none")
-        for part, want in zip(rows.split(step), wanted.split(step), strict=True)
-    ]
-    losses = torch.zeros(targets.shape, device=hidden.device)
-    losses[counted] = torch.cat(parts) if parts else losses.new_zeros(0)
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    losses = torch.zeros(targets.shape, device=hidden.device, dtype=exact)
+    if len(wanted):
+        losses[counted] = torch.cat(
+            [
+                F.cross_entropy(head(part).to(exact), want, reduction="none")
+                for part, want in zip(rows.split(step), wanted.split(step), strict=True)
+            ]
+        )
     return losses
 
 
