@@ -330,12 +330,13 @@ def gguf_file(tmp_path):
 
 @pytest.mark.parametrize("whole_folder", [False, True])
 def test_a_gguf_file_becomes_a_plain_model(whole_folder, gguf_file, tmp_path):
-    model, tokenizer = hub.load(gguf_file.parent if whole_folder else gguf_file)
+    source = gguf_file.parent if whole_folder else gguf_file
+    model, tokenizer = hub.load(source)
     torch.testing.assert_close(logits(model, IDS), logits(small(), IDS))
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
     assert tokenizer.chat_template == toy.TEMPLATE
     assert model.generation_config.eos_token_id == 2
-    assert hub.config(gguf_file).to_dict() | {"dtype": "float32"} == model.config.to_dict()
+    assert hub.config(source).to_dict() | {"dtype": "float32"} == model.config.to_dict()
     hub.save(model, tmp_path / "plain", tokenizer)
     again, found = hub.load(tmp_path / "plain")
     assert same(model, again)

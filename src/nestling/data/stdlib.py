@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import random
 import sysconfig
 from collections.abc import Iterator
@@ -37,11 +38,10 @@ def documents(split: str, seed: int | None = None) -> Iterator[str]:
 def file_names() -> tuple[str, ...]:
     """Relative paths (with `/`) of all files of the corpus, sorted. Raises `DataError` when there are none."""
     found = []
-    for path in root().rglob("*.py"):
-        relative = path.relative_to(root())
-        name = relative.as_posix()
-        if not SKIPPED_FOLDERS & set(relative.parts) and not name.startswith(SKIPPED_TABLES):
-            found.append(name)
+    for folder, inner, files in os.walk(root()):
+        inner[:] = [name for name in inner if name not in SKIPPED_FOLDERS]  # never entered: packages are many
+        paths = (Path(folder, name).relative_to(root()).as_posix() for name in files if name.endswith(".py"))
+        found += [path for path in paths if not path.startswith(SKIPPED_TABLES)]
     if not found:
         raise DataError(f"this Python comes without library sources in '{root()}': give --data a file or a folder")
     return tuple(sorted(found))

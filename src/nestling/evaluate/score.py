@@ -26,19 +26,16 @@ def token_losses(model: PreTrainedModel, input_ids: Tensor, targets: Tensor) -> 
 
     `input_ids[b, t]` is the last token seen when `targets[b, t]` is predicted: targets are already shifted.
     """
-    hidden, head = _forward(model, input_ids)
     counted = targets != IGNORE
+    if not counted.any():
+        return torch.zeros(targets.shape, device=targets.device)
+    hidden, head = _forward(model, input_ids)
     rows, wanted = hidden[counted], targets[counted]
     step = max(1, CHUNK_NUMBERS // model.config.get_text_config().vocab_size)
     exact = torch.promote_types(hidden.dtype, torch.float32)
     losses = torch.zeros(targets.shape, device=hidden.device, dtype=exact)
-    if len(wanted):
-        losses[counted] = torch.cat(
-            [
-                F.cross_entropy(head(part).to(exact), want, reduction="none")
-                for part, want in zip(rows.split(step), wanted.split(step), strict=True)
-            ]
-        )
+    parts = zip(rows.split(step), wanted.split(step), strict=True)
+    losses[counted] = torch.cat([F.cross_entropy(head(part).to(exact), want, reduction="none") for part, want in parts])
     return losses
 
 

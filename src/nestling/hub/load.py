@@ -70,15 +70,14 @@ def config(source: str | Path, *, trust_remote_code: bool = False) -> PreTrained
     """The config of a source, without its weights. Raises `CheckpointError` like `load`."""
     place = locate(source)
     if place.kind == "gguf":
-        return gguf.load_config(place.path)
-    if place.kind == "builtin":
-        folder = builtin.folder(place.name)
-    elif place.kind == "hub":
-        folder = fetch_config(place.name)
+        found = gguf.load_config(place.path)
     else:
-        folder = place.path
+        fetch = {"builtin": builtin.folder, "hub": fetch_config}.get(place.kind)
+        folder = fetch(place.name) if fetch else place.path
         check_folder(folder)
-    return check_config(folder, source, trust_remote_code)
+        found = check_config(folder, source, trust_remote_code)
+    found._name_or_path = str(source)
+    return found
 
 
 def load_folder(
