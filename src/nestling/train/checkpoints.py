@@ -1,0 +1,109 @@
+"""Checkpoints of a training run: which are whole, which is the newest, and sealing one when it is written.
+
+`Trainer` writes a checkpoint file by file. When the last is there, a seal (`complete.json`: names and sizes of all
+files, and whose run it is) is renamed into place; a folder without a seal that fits was interrupted and does not
+count. Weights are safetensors; the optimizer's and the random generators' state are torch files, which `Trainer`
+reads with `weights_only=True`, so nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from nestling.errors import CheckpointError
+
+SEAL = "complete.json"
+PREFIX = "checkpoint-"
+
+
+def newest(folder: Path, run: str) -> Path | None:
+    """The newest complete checkpoint in `folder`, or None.
+
+    Raises `CheckpointError` when it belongs to another run than `run` (see `fingerprint`).
+    """
+    for checkpoint in sorted(_all(folder), key=_step, reverse=True):
+        seal = _seal(checkpoint)
+        if seal is None:
+            continue
+        if seal.get("run") != run:
+            raise CheckpointError(
+                f"'{checkpoint}' belongs to a run with another student, teacher, data or settings: resume with those, "
+                f"pass resume=False to start anew, or name another run folder"
+            )
+        return checkpoint
+    return None
+
+
+def clear(folder: Path, keep: Path | None = None) -> None:
+    """Remove all checkpoints, complete or not, except `keep`."""
+    for checkpoint in _all(folder):
+        if checkpoint != keep:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def fingerprint(*values: Any) -> str:
+    """A short digest of whatever makes a run what it is."""
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Seal(TrainerCallback):
+    """Seals each checkpoint once every process has written its part, then removes the older ones."""
+
+    def __init__(self, run: str):
+        self.run = run
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        PartialState().wait_for_everyone()
+        if not args.should_save:
+            return
+        checkpoint = Path(args.output_dir, f"{PREFIX}{state.global_step}")
+        _write_seal(checkpoint, self.run)
+        clear(Path(args.output_dir), keep=checkpoint)
+
+
+def _write_seal(checkpoint: Path, run: str) -> None:
+    files = {str(path.relative_to(checkpoint)): path for path in checkpoint.rglob("*") if path.is_file()}
+    files.pop(SEAL, None)
+    for path in files.values():
+        _flush(path)
+    text = json.dumps({"run": run, "files": {name: path.stat().st_size for name, path in files.items()}})
+    beside = checkpoint / f".{SEAL}"
+    beside.write_text(text)
+    _flush(beside)
+    os.replace(beside, checkpoint / SEAL)
+
+
+def _seal(checkpoint: Path) -> dict[str, Any] | None:
+    """What the seal says, or None if there is none or a file is missing or of another size."""
+    try:
+        seal = json.loads((checkpoint / SEAL).read_text())
+        whole = all((checkpoint / name).stat().st_size == size for name, size in seal["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return seal if whole else None
+
+
+def _all(folder: Path) -> list[Path]:
+    return [path for path in folder.glob(f"{PREFIX}*") if path.is_dir() and re.fullmatch(rf"{PREFIX}\d+", path.name)]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
