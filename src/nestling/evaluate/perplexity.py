@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nestling.data.pack import check_context, check_tokenizer, own_bos, piece_length, token_stream
+from nestling.data.pack import check_context, check_tokenizer, own_bos, token_stream
 from nestling.errors import DataError
 from nestling.evaluate.score import IGNORE, evaluating, token_losses
 
 BATCH_TOKENS = 4096
 SAMPLE_SEED = 0
+SAMPLE_CHARACTERS = 4000  # in a piece of a document, whatever the context: the same text for every context
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,14 @@ def perplexity(
     stride = _check_stride(context, stride)
     check_context(context, tokens)
     bos = own_bos(tokenizer)
-    ids = _read(data, tokenizer, context, None if tokens is None else tokens + (bos is None), split)
+    ids = _read(data, tokenizer, None if tokens is None else tokens + (bos is None), split)
     parts = _windows(ids, bos, context, stride, batch_size or max(1, BATCH_TOKENS // context))
     return _total(model, parts, context, stride, progress)
 
 
-def _read(data: str | Path, tokenizer: PreTrainedTokenizerBase, context: int, limit: int | None, split: str) -> Tensor:
+def _read(data: str | Path, tokenizer: PreTrainedTokenizerBase, limit: int | None, split: str) -> Tensor:
     """The stream of token ids `[tokens]`: all of the source in order, or a sample of pieces of its documents."""
-    sample = {} if limit is None else {"piece": piece_length(context), "seed": SAMPLE_SEED}
+    sample = {} if limit is None else {"piece": SAMPLE_CHARACTERS, "seed": SAMPLE_SEED}
     ids = torch.tensor(list(islice(token_stream(data, tokenizer, split=split, **sample), limit)))
     if len(ids) < 2:
         raise DataError(f"'{data}' has fewer than 2 tokens for the split '{split}': give more text")
