@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_callback import PrinterCallback
 
@@ -85,7 +86,7 @@ def distill(
 
 
 def _train(trainer: DistillTrainer, settings: DistillSettings, folder: Path, run: str, checkpoint: Path | None) -> None:
-    trainer.pair.teacher.to(trainer.args.device)
+    _move(trainer.pair.teacher, trainer.args.device)
     progress, interrupt = ShowProgress("steps"), StopOnInterrupt(saves=settings.save_every > 0)
     trainer.remove_callback(PrinterCallback)
     for callback in (MetricsLog(folder), progress, interrupt, Seal(run)):
@@ -144,14 +145,18 @@ def _at_work(student: PreTrainedModel, teacher: PreTrainedModel, settings: Disti
     dtype, training = student.dtype, teacher.training
     teacher.eval()
     student.requires_grad_(True)
-    student.to(torch.promote_types(dtype, torch.float32))
+    _move(student, torch.promote_types(dtype, torch.float32))
     try:
         yield
     finally:
         teacher.train(training)
-        student.to(dtype)
+        _move(student, dtype)
         student.zero_grad(set_to_none=True)
         student.eval()
+
+
+def _move(model: nn.Module, where: torch.device | torch.dtype) -> None:
+    model.to(where)
 
 
 @contextmanager

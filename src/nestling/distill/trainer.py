@@ -63,7 +63,7 @@ class DistillTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(str(output_dir or self.args.output_dir))
         state = state_dict if state_dict is not None else self.pair.state_dict()
         student = {name.removeprefix(STUDENT): value for name, value in state.items() if name.startswith(STUDENT)}
         rest = {name: value.contiguous() for name, value in state.items() if not name.startswith(STUDENT)}

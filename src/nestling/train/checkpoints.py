@@ -66,9 +66,9 @@ class Seal(TrainerCallback):
         PartialState().wait_for_everyone()
         if not args.should_save:
             return
-        checkpoint = Path(args.output_dir, f"{PREFIX}{state.global_step}")
+        checkpoint = Path(str(args.output_dir), f"{PREFIX}{state.global_step}")
         _write_seal(checkpoint, self.run)
-        clear(Path(args.output_dir), keep=checkpoint)
+        clear(checkpoint.parent, keep=checkpoint)
 
 
 def _write_seal(checkpoint: Path, run: str) -> None:

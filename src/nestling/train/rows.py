@@ -25,7 +25,7 @@ Row = Mapping[str, Tensor]
 
 
 class Rows(torch.utils.data.Dataset):
-    """`total` rows out of a source, passed over as often as it takes; every pass after the first in an order of its own.
+    """`total` rows out of a source, passed over as often as it takes, every pass after the first shuffled anew.
 
     source: anything with a length and items `{"input_ids": [seq]}`, maybe `attention_mask` and `labels`.
     shuffle: shuffle the first pass too.
