@@ -20,7 +20,6 @@ from nestling.errors import CheckpointError, NestlingError
 from nestling.hub.quiet import quiet
 
 PROJECTION = "projection.safetensors"
-STUDENT = "student."
 
 
 class DistillTrainer(Trainer):
@@ -65,11 +64,9 @@ class DistillTrainer(Trainer):
             return
         folder = Path(str(output_dir or self.args.output_dir))
         state = state_dict if state_dict is not None else self.pair.state_dict()
-        student = {name.removeprefix(STUDENT): value for name, value in state.items() if name.startswith(STUDENT)}
-        rest = {name: value.contiguous() for name, value in state.items() if not name.startswith(STUDENT)}
         with quiet():
-            self.pair.student.save_pretrained(folder, state_dict=student)
-        save_file(rest, folder / PROJECTION)
+            self.pair.student.save_pretrained(folder, state_dict=_part(state, "student."))
+        save_file(_part(state, "projection."), folder / PROJECTION)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         try:
@@ -89,3 +86,7 @@ class DistillTrainer(Trainer):
             saved = type(student).from_pretrained(resume_from_checkpoint, config=student.config, dtype=student.dtype)
         student.load_state_dict(saved.state_dict())
         self.pair.projection.load_state_dict(load_file(os.path.join(resume_from_checkpoint, PROJECTION)))
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

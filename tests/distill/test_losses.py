@@ -1,0 +1,235 @@
+"""The chunked loss against a plain float64 reference: values, gradients of hidden states and of the head, masks."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nestling.distill.losses import DIVERGENCES, IGNORE, Head, Objective, divergence, logit_losses
+from nestling.errors import NestlingError
+
+VOCAB, NARROW, WIDE = 37, 8, 11
+
+
+class Case:
+    """Random hidden states and heads with a bias and a soft cap; the student's width differs from the teacher's."""
+
+    def __init__(self, dtype=torch.float64):
+        generator = torch.Generator().manual_seed(3)
+
+        def random(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        self.hidden = random(3, 7, NARROW).requires_grad_()
+        self.weight = random(VOCAB, NARROW).requires_grad_()
+        self.bias = random(VOCAB).requires_grad_()
+        self.teacher_hidden, self.teacher_weight = random(3, 7, WIDE), random(VOCAB, WIDE)
+        self.targets = torch.randint(0, VOCAB, (3, 7), generator=generator)
+        self.targets[0, 2:] = IGNORE
+        self.targets[2, 6] = IGNORE
+
+    def head(self, hidden):
+        return torch.tanh(F.linear(hidden, self.weight, self.bias) / 3) * 3
+
+    def teacher_head(self, hidden):
+        return F.linear(hidden, self.teacher_weight)
+
+    @property
+    def leaves(self):
+        return self.hidden, self.weight, self.bias
+
+    def chunked(self, objective=None, **options):
+        head = Head(self.head, (self.weight, self.bias))
+        return logit_losses(
+            self.hidden, head, self.teacher_hidden, self.teacher_head, self.targets, objective, **options
+        )
+
+
+def reference(case, objective):
+    """Token by token, from the definitions."""
+    total = torch.zeros((), dtype=torch.float64)
+    tau, tokens = objective.temperature, 0
+    for row in range(3):
+        for place in range(7):
+            target = case.targets[row, place]
+            if target == IGNORE:
+                continue
+            tokens += 1
+            student = case.head(case.hidden[row, place])
+            p = torch.softmax(case.teacher_head(case.teacher_hidden[row, place]) / tau, -1)
+            q = torch.softmax(student / tau, -1)
+            first, second = (p, q) if objective.divergence == "forward_kl" else (q, p)
+            apart = sum(first[v] * (first[v].log() - second[v].log()) for v in range(VOCAB))
+            factor = tau**2 if objective.scale_by_temperature else 1
+            total = total + objective.kd_weight * factor * apart
+            total = total - objective.ce_weight * torch.softmax(student, -1)[target].log()
+    return total / tokens
+
+
+OBJECTIVES = [
+    Objective(),
+    Objective("reverse_kl"),
+    Objective(temperature=2.5, ce_weight=0.3),
+    Objective(temperature=0.5, scale_by_temperature=True),
+    Objective("reverse_kl", temperature=3.0, kd_weight=0.7, ce_weight=1.5),
+    Objective(kd_weight=0.0, ce_weight=1.0),
+]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 1000, None])
+def test_equals_the_plain_computation(objective, chunk_tokens):
+    case = Case()
+    expected = reference(case, objective)
+    found = case.chunked(objective, chunk_tokens=chunk_tokens)
+    torch.testing.assert_close(found.loss, expected, rtol=1e-10, atol=1e-12)
+    gradients = torch.autograd.grad(3 * found.loss, case.leaves)
+    for ours, plain in zip(gradients, torch.autograd.grad(3 * expected, case.leaves), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+def test_other_dtypes_stay_close_to_float64(dtype, tolerance):
+    exact, case = Case(), Case(dtype)
+    found, expected = case.chunked(chunk_tokens=4), reference(exact, Objective())
+    assert found.loss.dtype == torch.float32
+    torch.testing.assert_close(found.loss.double(), expected, rtol=tolerance, atol=tolerance)
+    gradients = torch.autograd.grad(found.loss, case.leaves)
+    for ours, plain in zip(gradients, torch.autograd.grad(expected, exact.leaves), strict=True):
+        assert ours.dtype == dtype
+        assert (ours.double() - plain).norm() <= tolerance * plain.norm()
+
+
+def test_half_precision_is_summed_in_float32():
+    """Many chunks lose nothing: one gradient per token, added up, equals the gradient of one chunk."""
+    one, many = Case(torch.bfloat16), Case(torch.bfloat16)
+    torch.autograd.backward(one.chunked(chunk_tokens=1000).loss)
+    torch.autograd.backward(many.chunked(chunk_tokens=1).loss)
+    assert (one.weight.grad - many.weight.grad).float().norm() <= 1e-2 * one.weight.grad.float().norm()
+
+
+def test_directions_differ():
+    case = Case()
+    assert abs(case.chunked(Objective()).loss - case.chunked(Objective("reverse_kl")).loss) > 1e-2
+
+
+def test_teacher_equal_to_student_gives_nothing():
+    case = Case()
+    case.teacher_hidden, case.teacher_head = case.hidden.detach(), case.head
+    found = case.chunked()
+    assert abs(found.loss) < 1e-12
+    assert all(g.abs().max() < 1e-12 for g in torch.autograd.grad(found.loss, case.leaves))
+
+
+@pytest.mark.parametrize("name", sorted(DIVERGENCES))
+def test_never_negative(name):
+    case = Case()
+    assert all(case.chunked(Objective(name, temperature=tau)).loss > 0 for tau in (0.3, 1.0, 4.0))
+
+
+def test_ignored_tokens_contribute_nothing():
+    case = Case()
+    before = case.chunked()
+    gradient = torch.autograd.grad(before.loss, case.hidden, retain_graph=False)[0]
+    assert (gradient[case.targets == IGNORE] == 0).all()
+    with torch.no_grad():
+        case.hidden[case.targets == IGNORE] += 100
+        case.teacher_hidden[case.targets == IGNORE] -= 100
+    torch.testing.assert_close(case.chunked().loss, before.loss)
+    case.targets[case.targets == IGNORE] = 1
+    assert abs(case.chunked().loss - before.loss) > 1e-2  # negative control: unmasked, they count
+
+
+def test_nothing_but_ignored_tokens():
+    case = Case()
+    case.targets.fill_(IGNORE)
+    loss = case.chunked().loss
+    assert loss == 0
+    assert all((g == 0).all() for g in torch.autograd.grad(loss, case.leaves))
+
+
+def test_parts_and_count():
+    case = Case()
+    real = int((case.targets != IGNORE).sum())
+    found = case.chunked(Objective(ce_weight=0.5))
+    torch.testing.assert_close(found.loss, found.divergence + 0.5 * found.cross_entropy)
+    torch.testing.assert_close(case.chunked(count=2 * real).divergence, found.divergence / 2)
+    assert not found.divergence.requires_grad
+    assert not found.cross_entropy.requires_grad
+
+
+def test_temperature_squared_does_nothing_at_one():
+    case = Case()
+    assert case.chunked(Objective()).loss == case.chunked(Objective(scale_by_temperature=True)).loss
+
+
+def test_tied_weight_gets_both_gradients():
+    """One matrix as embedding and head: its gradient is the sum of the two, as in the plain computation."""
+    case, ids = Case(), torch.arange(21).view(3, 7)
+
+    def gradient(chunked):
+        weight = case.weight.detach().clone().requires_grad_()
+        hidden = torch.tanh(F.embedding(ids, weight))
+        if chunked:
+            head = Head(lambda x: F.linear(x, weight), (weight,))
+            loss = logit_losses(hidden, head, case.teacher_hidden, case.teacher_head, case.targets, chunk_tokens=4).loss
+        else:
+            kept = case.targets != IGNORE
+            ours = F.log_softmax(F.linear(hidden, weight)[kept], -1)
+            theirs = F.log_softmax(case.teacher_head(case.teacher_hidden)[kept], -1)
+            loss = F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+        loss.backward()
+        return weight.grad
+
+    torch.testing.assert_close(gradient(True), gradient(False), rtol=1e-9, atol=1e-12)
+
+
+def test_frozen_parameters_and_no_grad():
+    case = Case()
+    case.weight.requires_grad_(False)
+    loss = case.chunked().loss
+    assert torch.autograd.grad(loss, case.bias)[0].abs().sum() > 0
+    with torch.no_grad():
+        assert not case.chunked().loss.requires_grad
+        torch.testing.assert_close(case.chunked().loss, loss.detach())
+
+
+def test_second_backward_is_refused():
+    loss = Case().chunked().loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        loss.backward()
+
+
+def test_no_more_than_a_chunk_of_logits_exists():
+    """Every call of either head sees at most `chunk_tokens` tokens."""
+    case, seen = Case(), []
+
+    class Counting(nn.Linear):
+        def forward(self, hidden):
+            seen.append(hidden.shape[:-1].numel())
+            return super().forward(hidden)
+
+    ours, theirs = Counting(NARROW, VOCAB).double(), Counting(WIDE, VOCAB).double()
+    head = Head(ours, tuple(ours.parameters()))
+    logit_losses(case.hidden, head, case.teacher_hidden, theirs, case.targets, chunk_tokens=4).loss.backward()
+    assert max(seen) == 4
+    assert sum(seen) == 2 * int((case.targets != IGNORE).sum())
+
+
+def test_a_registered_divergence_is_used():
+    @divergence("test_total_variation")
+    def total_variation(student, teacher):
+        return (student.exp() - teacher.exp()).abs().sum(-1) / 2
+
+    try:
+        found = Case().chunked(Objective("test_total_variation"))
+        assert 0 < found.loss < 1
+    finally:
+        del DIVERGENCES["test_total_variation"]
+
+
+@pytest.mark.parametrize("wrong", [{"divergence": "kl"}, {"temperature": 0.0}, {"kd_weight": 0.0}, {"ce_weight": -1.0}])
+def test_impossible_objectives_are_refused(wrong):
+    with pytest.raises(NestlingError, match=next(iter(wrong)).replace("divergence", "loss")):
+        Objective(**wrong)
