@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from nestling.distill.pair import Pair
 from nestling.distill.settings import DistillSettings
 from nestling.distill.trainer import DistillTrainer
-from nestling.errors import DataError, NestlingError
+from nestling.errors import CheckpointError, DataError, NestlingError
 from nestling.train import (
     MetricsLog,
     Seal,
@@ -94,6 +94,10 @@ def _train(trainer: DistillTrainer, settings: DistillSettings, folder: Path, run
     try:
         with interrupt:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except OSError as error:
+        raise CheckpointError(
+            f"the run folder '{folder}' cannot be written ({error.strerror or error}): make room and run again"
+        ) from error
     finally:
         progress.close()
 
@@ -135,7 +139,12 @@ def _folder(run_dir: str | Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="nestling-") as temporary:
             yield Path(temporary)
     else:
-        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(run_dir, CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"the run folder '{run_dir}' cannot be made ({error.strerror}): name another"
+            ) from error
         yield Path(run_dir)
 
 

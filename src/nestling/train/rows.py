@@ -116,6 +116,8 @@ def _batch_rows(data: Iterable[Mapping[str, Tensor]], settings: TrainSettings) -
     rows: list[Row] = []
     try:
         for batch in data:
+            if not isinstance(batch, Mapping):
+                raise TypeError(type(batch))
             kept = {name: batch[name] for name in COLUMNS if name in batch}
             rows += [{name: value[i] for name, value in kept.items()} for i in range(len(batch["input_ids"]))]
             if rows and len(rows) >= settings.total_steps(len(rows[0]["input_ids"])) * settings.batch_size:
