@@ -7,7 +7,7 @@ import torch
 
 from nestling.errors import NestlingError
 from nestling.train import Split, TrainSettings, documented, split_batch
-from nestling.train.settings import MICRO_TOKENS
+from nestling.train.settings import KEPT_TOKENS, MICRO_TOKENS
 
 CPU = torch.device("cpu")
 MOST = MICRO_TOKENS["cpu"]
@@ -15,7 +15,7 @@ MOST = MICRO_TOKENS["cpu"]
 
 def test_split_takes_the_most_rows_that_fit():
     assert split_batch(TrainSettings(batch_size=12), MOST // 4, CPU) == Split(4, 3, recompute=False)
-    assert split_batch(TrainSettings(batch_size=12), 2 * MOST, CPU) == Split(1, 12, recompute=True)
+    assert split_batch(TrainSettings(batch_size=12), KEPT_TOKENS["cpu"] + 1, CPU) == Split(1, 12, recompute=True)
     assert split_batch(TrainSettings(batch_size=3), 2, CPU) == Split(3, 1, recompute=False)
 
 

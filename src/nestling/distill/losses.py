@@ -23,7 +23,7 @@ from nestling.errors import NestlingError
 
 IGNORE = -100
 # Numbers in one chunk of logits. A CPU is as fast with small ones; other devices need enough to be busy.
-CHUNK_NUMBERS = {"cpu": 2**23}
+CHUNK_NUMBERS = {"cpu": 2**22}
 CHUNK_NUMBERS_ELSEWHERE = 2**27
 
 Divergence = Callable[[Tensor, Tensor], Tensor]

@@ -17,10 +17,12 @@ from transformers import TrainingArguments
 
 from nestling.errors import NestlingError
 
-# Tokens that go through the model at once unless `micro_batch_size` says otherwise, and from which activations are
-# recomputed rather than kept. A CPU gains nothing from more.
-MICRO_TOKENS = {"cpu": 1024}
+# Tokens that go through the model at once unless `micro_batch_size` says otherwise: a CPU is no faster with more.
+MICRO_TOKENS = {"cpu": 256}
 MICRO_TOKENS_ELSEWHERE = 8192
+# Tokens at once above which activations are recomputed rather than kept.
+KEPT_TOKENS = {"cpu": 512}
+KEPT_TOKENS_ELSEWHERE = 8192
 
 Settings = TypeVar("Settings", bound=type)
 
@@ -115,7 +117,9 @@ def split_batch(settings: TrainSettings, row_tokens: int, device: torch.device) 
             f"{', '.join(map(str, _divisors(share)))}"
         )
     recompute = settings.gradient_checkpointing
-    return Split(rows, share // rows, rows * row_tokens > most if recompute is None else recompute)
+    if recompute is None:
+        recompute = rows * row_tokens > KEPT_TOKENS.get(device.type, KEPT_TOKENS_ELSEWHERE)
+    return Split(rows, share // rows, recompute)
 
 
 def training_arguments(
