@@ -60,7 +60,8 @@ def compare(layout: str, rounds: int) -> list[dict]:
     rows = []
     for arm in ARMS:
         measured = child("memory", layout, arm)
-        rows.append({"layout": layout, "arm": arm, **measured, "seconds": median(seconds[arm]), "all": seconds[arm]})
+        taken = {"seconds": median(seconds[arm]), "all_seconds": seconds[arm], "threads": torch.get_num_threads()}
+        rows.append({"layout": layout, "arm": arm, **measured, **taken})
     return rows
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from nestling.errors import NestlingError
 
 IGNORE = -100
 # Numbers in one chunk of logits. A CPU is as fast with small ones; other devices need enough to be busy.
-CHUNK_NUMBERS = {"cpu": 2**22}
+CHUNK_NUMBERS = {"cpu": 2**23}
 CHUNK_NUMBERS_ELSEWHERE = 2**27
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
@@ -163,20 +164,17 @@ class _Work:
         """Means (loss, D, cross-entropy) `[3]` and the gradients of `hidden` and of the tensors `wanted`."""
         sums = torch.zeros(3, dtype=_wide(hidden.dtype), device=hidden.device)
         of_hidden = torch.zeros_like(hidden)
-        of_wanted = [torch.zeros_like(tensor, dtype=_wide(tensor.dtype)) for tensor in wanted]
-        step = self.chunk_tokens or self._default_step(hidden)
-        for start in range(0, len(hidden), step):
-            stop = start + step
+        of_wanted: list[Tensor] = []
+        for start, stop in pairwise(self._bounds(hidden)):
             with torch.set_grad_enabled(self.differentiate):
                 rows = hidden[start:stop].detach().requires_grad_(self.differentiate)
                 terms = self._terms(rows, start, stop)
                 if self.differentiate:
                     first, *others = torch.autograd.grad(terms[0], [rows, *wanted])
                     of_hidden[start:stop] = first
-                    for total, part in zip(of_wanted, others, strict=True):
-                        total += part
+                    of_wanted = _added(of_wanted, others)
             sums += torch.stack([term.detach() for term in terms])
-        return sums, [of_hidden, *of_wanted]
+        return sums, [of_hidden, *(of_wanted or map(torch.zeros_like, wanted))]
 
     def _terms(self, rows: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
         logits = self.head(rows)
@@ -186,9 +184,12 @@ class _Work:
         terms = self.objective.terms(logits.to(wide), teacher.to(wide), self.targets[start:stop])
         return tuple(term / self.count for term in terms)
 
-    def _default_step(self, hidden: Tensor) -> int:
+    def _bounds(self, hidden: Tensor) -> list[int]:
+        """Where chunks begin and end: as few as the limit allows, all of about the same size."""
         vocab = max((parameter.shape[0] for parameter in self.head.parameters), default=2**16)
-        return max(1, CHUNK_NUMBERS.get(hidden.device.type, CHUNK_NUMBERS_ELSEWHERE) // vocab)
+        numbers = CHUNK_NUMBERS.get(hidden.device.type, CHUNK_NUMBERS_ELSEWHERE)
+        chunks = -(-len(hidden) // (self.chunk_tokens or max(1, numbers // vocab)))
+        return [len(hidden) * i // chunks for i in range(chunks + 1)] if chunks else []
 
 
 class _Chunked(torch.autograd.Function):
@@ -211,9 +212,18 @@ class _Chunked(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the chunked loss can be differentiated once: call it again for another backward pass")
         gradients, ctx.gradients = ctx.gradients, None
-        scaled = [g.mul_(scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        if scale != 1:  # a pass over the head's whole gradient that is rarely needed
+            gradients = [gradient.mul_(scale) for gradient in gradients]
+        scaled = [gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
         of_hidden, rest = scaled[0], iter(scaled[1:])
         return None, of_hidden, *(next(rest) if learns else None for learns in ctx.learns)
+
+
+def _added(totals: list[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of all chunks so far, at least float32; the first chunk's become the totals."""
+    if not totals:
+        return [part.to(_wide(part.dtype)).contiguous() for part in parts]
+    return [total.add_(part) for total, part in zip(totals, parts, strict=True)]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
