@@ -38,7 +38,12 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     ),
     "granite": (
         "granite",
-        {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "logits_scaling": 4.0, "attention_multiplier": 0.3},
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 4.0,
+            "attention_multiplier": 0.3,
+        },
     ),
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", {"sliding_window": 6}),

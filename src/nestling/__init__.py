@@ -1,3 +1,29 @@
-"""Nestling turns one language model into a family."""
+"""Nestling turns one language model into a family: rank, prune and distill Hugging Face checkpoints."""
+
+from nestling.anatomy import Anatomy
+from nestling.cost import Cost, cost
+from nestling.distill import distill
+from nestling.errors import NestlingError, ShapeError, UnsupportedArchitecture
+from nestling.hub import load
+from nestling.ranking import Ranking, rank
+from nestling.shape import Shape
+from nestling.surgery import masked, prune, reorder
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Anatomy",
+    "Cost",
+    "NestlingError",
+    "Ranking",
+    "Shape",
+    "ShapeError",
+    "UnsupportedArchitecture",
+    "cost",
+    "distill",
+    "load",
+    "masked",
+    "prune",
+    "rank",
+    "reorder",
+]

@@ -65,7 +65,7 @@ def cost_of_form(
     """As `cost`, for a form that has been fitted already."""
     item = torch.empty((), dtype=dtype or _dtype(anatomy.config)).element_size()
     architecture = anatomy.architecture
-    params = active = matmul = 0
+    params, active, matmul = 0, 0.0, 0.0
     for spec, sizes in _tensors(anatomy, form):
         tied_copy = anatomy.tied and spec.name == architecture.tied
         count = math.prod(dimension.size(sizes) for dimension in spec.layout)
@@ -76,7 +76,9 @@ def cost_of_form(
     blocks = list(_blocks(anatomy, form))
     attended = [(sizes, block, _attended(anatomy, layer, context)) for layer, sizes, block in blocks]
     kv = sum(length * _products(architecture.kv_cache.get(block, ()), sizes) for sizes, block, length in attended)
-    attention = sum(length * _products(_one(architecture.attends.get(block)), sizes) for sizes, block, length in attended)
+    attention = sum(
+        length * _products(_one(architecture.attends.get(block)), sizes) for sizes, block, length in attended
+    )
     state = sum(_products(architecture.state.get(block, ()), sizes) for _, sizes, block in blocks)
     return Cost(
         params=params,
@@ -121,10 +123,11 @@ def _share_used(anatomy: Anatomy, spec: TensorSpec, sizes: Mapping[str, int]) ->
 def _attended(anatomy: Anatomy, layer: int, context: int) -> int:
     """Positions that a layer's attention keeps: all, or a window."""
     config = anatomy.config
-    window = getattr(config, "sliding_window", None)
+    window: int | None = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
-    slides = window and (kinds is None or kinds[layer] == "sliding_attention")
-    return min(context, window) if slides else context
+    if window is None or (kinds is not None and kinds[layer] != "sliding_attention"):
+        return context
+    return min(context, window)
 
 
 def _products(products: tuple[str, ...], sizes: Mapping[str, int]) -> int:

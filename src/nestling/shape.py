@@ -75,7 +75,9 @@ class Shape(Mapping[str, Value]):
             fields = json.loads(Path(path).read_text())
             return cls(**fields)
         except (OSError, ValueError, TypeError) as error:
-            raise ShapeError(f"'{path}' is not a shape file ({error}): expected JSON such as {{\"hidden_size\": 512}}") from error
+            raise ShapeError(
+                f"'{path}' is not a shape file ({error}): expected JSON such as {{\"hidden_size\": 512}}"
+            ) from error
 
 
 def _value(name: str, value: Any) -> Value:
@@ -134,9 +136,9 @@ def child_config(anatomy: Anatomy, form: Form) -> PreTrainedConfig:
         setattr(config, field, max(values))
     _cut_depth(anatomy, config, form)
     for letter, source in anatomy.architecture.sizes.items():
-        field = anatomy.architecture.explicit.get(letter)
-        if field and callable(source) and source(config) != anatomy.sizes(None)[letter]:
-            setattr(config, field, anatomy.sizes(None)[letter])
+        written = anatomy.architecture.explicit.get(letter)
+        if written and callable(source) and source(config) != anatomy.sizes(None)[letter]:
+            setattr(config, written, anatomy.sizes(None)[letter])
     return config
 
 
@@ -251,8 +253,8 @@ def _letter_size(anatomy: Anatomy, axis: Axis, total: int, sizes: dict[str, int]
     if total % groups or total // groups > most:
         allowed = [groups * n for n in range(1, most + 1)]
         raise ShapeError(
-            f"{axis.field}={total} does not give each of the {groups} groups ({', '.join(axis.within)}) the same number "
-            f"of units, at most {most}: nearest allowed are {_neighbours(total, allowed)}"
+            f"{axis.field}={total} does not give each of the {groups} groups ({', '.join(axis.within)}) the same "
+            f"number of units, at most {most}: nearest allowed are {_neighbours(total, allowed)}"
         )
     return total // groups
 

@@ -34,7 +34,8 @@ def test_index_of_ungrouped_choices_matches_loops(data):
     spec = data.draw(st.sampled_from(["(kv q d)", "(kv q d + kv d + kv d)", "(ffn + ffn)", "(g h p + g n)", "hidden"]))
     dimension = parse(spec)[0]
     chosen = {
-        letter: data.draw(st.sets(st.integers(0, SIZES[letter] - 1), min_size=1)) for letter in sorted(dimension.letters)
+        letter: data.draw(st.sets(st.integers(0, SIZES[letter] - 1), min_size=1))
+        for letter in sorted(dimension.letters)
     }
     index = dimension.index({k: Choice(torch.tensor(sorted(v))) for k, v in chosen.items()}, SIZES)
     start, expected = 0, []

@@ -91,7 +91,11 @@ def test_child_saves_loads_and_generates_with_its_cache(variant, which, tmp_path
 
 def test_a_child_can_be_cut_again():
     model = tiny("llama")
-    once = prune(model, random_ranking(model), {"intermediate_size": [40, 30, 20, 10], "num_attention_heads": [6, 4, 2, 4]})
+    once = prune(
+        model,
+        random_ranking(model),
+        {"intermediate_size": [40, 30, 20, 10], "num_attention_heads": [6, 4, 2, 4]},
+    )
     ranking = random_ranking(once)
     twice = prune(once, ranking, {"hidden_size": 36, "num_hidden_layers": 3})
     with masked(once, {"hidden_size": 36, "num_hidden_layers": 3}, ranking):

@@ -1,4 +1,4 @@
-"""`prune` against slicing written out by hand, tensor by tensor, for a layout with everything separate and a fused one."""
+"""`prune` against slicing written out by hand, tensor by tensor: a separate layout and a fused one."""
 
 import torch
 
@@ -65,5 +65,7 @@ def test_kv_groups_take_their_query_heads_along():
     scores = tuple(torch.tensor([0.0, 1.0]) for _ in range(4))
     child = prune(model, Ranking({"num_key_value_heads": scores}), {"num_key_value_heads": 1})
     assert (child.config.num_attention_heads, child.config.num_key_value_heads) == (3, 1)
-    assert torch.equal(child.model.layers[2].self_attn.q_proj.weight, model.model.layers[2].self_attn.q_proj.weight[24:])
+    assert torch.equal(
+        child.model.layers[2].self_attn.q_proj.weight, model.model.layers[2].self_attn.q_proj.weight[24:]
+    )
     assert torch.equal(child.model.layers[2].self_attn.v_proj.weight, model.model.layers[2].self_attn.v_proj.weight[8:])

@@ -90,7 +90,7 @@ class Dimension:
         return tuple(_sized(part, sizes)), tuple(i for i, letter in enumerate(part) if letter not in letters)
 
     def owner(self, letters: tuple[str, ...], sizes: Sizes) -> LongTensor:
-        """For each element the unit it belongs to, counted through `letters` (outer first); -1 in parts without them."""
+        """For each element the unit it belongs to, counted through `letters`, outer first; -1 in parts without them."""
         owners = []
         for part in self.parts:
             length = math.prod(_size(letter, sizes) for letter in part)

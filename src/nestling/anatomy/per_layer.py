@@ -9,8 +9,9 @@ registered with the auto classes when `nestling` is imported; model code is load
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -49,15 +50,15 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
 @lru_cache
 def model_class(model_type: str) -> type[PreTrainedModel]:
     """The causal language model for `config_class(model_type)`."""
-    stock = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
+    stock = cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]])
     path = ARCHITECTURES[model_type].layers
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig) -> None:
-        stock.__init__(self, config)
-        layers = self.get_submodule(path)
+        super(model_class(model_type), self).__init__(config)
+        layers = cast(nn.ModuleList, self.get_submodule(path))
         for i, layer in enumerate(layers):
             sizes = {field: values[i] for field, values in (config.layer_shapes or {}).items()}
-            layers[i] = type(layer)(LayerConfig(config, sizes), i)
+            layers[i] = cast(Any, type(layer))(LayerConfig(config, sizes), i)
         self.post_init()
 
     members = {

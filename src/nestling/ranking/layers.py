@@ -77,7 +77,11 @@ def leave_one_out(
 
 
 def greedy(
-    model: PreTrainedModel, batches: Iterable[Batch], damage: str = "kl", rounds: int | None = None, progress: Progress | None = None
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    damage: str = "kl",
+    rounds: int | None = None,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Scores from removing the least harmful layer again and again `[num_layers]`, higher for those that last longer.
 
@@ -116,7 +120,7 @@ def _damages(
         with ExitStack() as stack:
             for other in gone | set(range(layer)):
                 stack.enter_context(bypassed(layers[other]))
-            stack.enter_context(bypassed(layers[layer], lambda hidden, stream=streams[layer]: stream))
+            stack.enter_context(bypassed(layers[layer], _always(streams[layer])))
             cut = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
         result.append(measure(cut).double().cpu())
         if progress is not None:
@@ -134,6 +138,10 @@ def _streams(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, gone: set[in
                 stack.enter_context(bypassed(layer))
         decoder(model)(input_ids=ids, use_cache=False)
     return streams
+
+
+def _always(stream: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda hidden: stream
 
 
 def _store(streams: list[Tensor]) -> Callable[..., None]:

@@ -1,8 +1,8 @@
 """Importance metrics for width units: what one token says about one unit.
 
-A metric is a function of a `Reading` (one module's input, output and weight, seen by units) that returns magnitudes
-`[batch, seq, units]`; `Aggregate` then reduces them. Register your own with `@metric("name", ...)` and it works for every
-axis of every architecture.
+A metric is a function of a `Reading` (one module's input, output and weight, seen by units) that returns
+magnitudes `[batch, seq, units]`; `Aggregate` then reduces them. Register your own with `@metric("name", ...)` and it
+works for every axis of every architecture.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def find_metric(name: str) -> Metric:
 
 @metric("activation")
 def activation(read: Reading) -> Tensor:
-    """Minitron: the size of the unit's activation, |a| or for several channels ||a||_2 (arXiv 2407.14679, section 2.2)."""
+    """Minitron: the size of the unit's activation, |a| or ||a||_2 (arXiv 2407.14679, section 2.2)."""
     if read.activation.shape[-1] == 1:
         return read.activation[..., 0]
     return torch.linalg.vector_norm(read.activation, dim=-1, dtype=torch.float32)

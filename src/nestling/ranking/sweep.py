@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +46,8 @@ def sweep(
 ) -> Measured:
     """Run the backbone over the batches once and measure every axis.
 
-    batches: mappings with `input_ids` `[batch, seq]` and maybe `attention_mask`. metrics: what is measured of each axis,
-    by its config field; axes that are not named are left out. progress: told the tokens of each
+    batches: mappings with `input_ids` `[batch, seq]` and maybe `attention_mask`. metrics: what is measured of each
+    axis, by its config field; axes that are not named are left out. progress: told the tokens of each
     batch. Raises `DataError` when there is no batch. Hooks are gone and the training flag is back afterwards.
     """
     anatomy = Anatomy.of(model)
@@ -85,10 +85,10 @@ class _Watch:
         self.tokens = 0
         self._mask: Tensor | None = None
         self._units = {
-            (field, layer, name): Aggregate(metric.over_batch, metric.over_sequence)
-            for field, metric in metrics.items()
+            (axis, layer, name): Aggregate(metric.over_batch, metric.over_sequence)
+            for axis, metric in metrics.items()
             for layer in range(anatomy.num_layers)
-            for name in anatomy.places(anatomy.axis(field), layer)
+            for name in anatomy.places(anatomy.axis(axis), layer)
         }
         self._similarity = [torch.zeros((), dtype=torch.float64) for _ in range(anatomy.num_layers)]
         self._seen = 0
@@ -116,20 +116,21 @@ class _Watch:
     def _readings(self) -> dict[str, list[Axis]]:
         """Tensor name -> the axes that are read at its module."""
         readings: dict[str, list[Axis]] = {}
-        for field, _, name in self._units:
-            readings.setdefault(name, []).append(self.anatomy.axis(field))
+        for axis, _, name in self._units:
+            readings.setdefault(name, []).append(self.anatomy.axis(axis))
         return readings
 
     def _record(self, name: str, axes: list[Axis]) -> Callable[..., None]:
         spec = self.anatomy.tensors[name]
-        sizes = self.anatomy.sizes(spec.layer)
+        layer, sizes = spec.layer or 0, self.anatomy.sizes(spec.layer)
         views = [spec.layout[-1].unit_view((*axis.within, axis.letter), sizes) for axis in axes]
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             for axis, (view, inside) in zip(axes, views, strict=True):
-                reading = Reading(by_units(args[0], view, inside), output, by_units(module.weight, view, inside))
+                weight = by_units(cast(Tensor, module.weight), view, inside)
+                reading = Reading(by_units(args[0], view, inside), output, weight)
                 magnitude = self.metrics[axis.field].magnitude(reading)
-                self._units[axis.field, spec.layer, name].add(magnitude, self._mask)
+                self._units[axis.field, layer, name].add(magnitude, self._mask)
 
         return hook
 

@@ -1,8 +1,8 @@
 """Budgets: what `--to` says, as limits on what a model costs.
 
-    0.5x                                    half the parameters
-    100M, 7B                                at most so many parameters
-    params=4B,kv_bytes=1G,latency=0.7x      named limits, absolute or relative to the parent
+0.5x                                    half the parameters
+100M, 7B                                at most so many parameters
+params=4B,kv_bytes=1G,latency=0.7x      named limits, absolute or relative to the parent
 """
 
 from __future__ import annotations
@@ -17,7 +17,18 @@ from nestling.errors import TargetError
 COSTS = ("params", "active_params", "weight_bytes", "kv_bytes", "state_bytes", "flops_per_token")
 LATENCY = "latency"
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*)\Z")
-_FACTORS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_FACTORS = {
+    "": 1,
+    "k": 1e3,
+    "m": 1e6,
+    "g": 1e9,
+    "b": 1e9,
+    "t": 1e12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,7 @@ class Budget:
             have = 1.0 if name == LATENCY else float(getattr(parent, name))
             if limit.of(have) >= have > 0:
                 raise TargetError(
-                    f"the target {name}={limit} is not below the parent's {have:,.0f}: give a smaller one, such as 0.75x"
+                    f"the target {name}={limit} is not below the parent's {have:,.0f}: ask for less, such as 0.75x"
                 )
 
     def met_by(self, cost: Cost, parent: Cost) -> bool:

@@ -19,7 +19,9 @@ from nestling.shape import Shape, fit
 FLOORS = (0.5, 0.25, 0.0)
 
 
-def candidates(anatomy: Anatomy, budget: Budget, context: int = 4096, axes: tuple[str, ...] = ()) -> list[tuple[Shape, Cost]]:
+def candidates(
+    anatomy: Anatomy, budget: Budget, context: int = 4096, axes: tuple[str, ...] = ()
+) -> list[tuple[Shape, Cost]]:
     """Shapes that keep the budget, each with its cost, largest first.
 
     context: tokens at which the KV cache and FLOPs are counted. axes: config fields that may change, all unless given.
@@ -36,11 +38,16 @@ def candidates(anatomy: Anatomy, budget: Budget, context: int = 4096, axes: tupl
         if found:
             distinct = {str(fit(anatomy, shape, check_config=False).values): (shape, cost) for shape, cost in found}
             return sorted(distinct.values(), key=lambda item: -item[1].params)
-    raise TargetError(f"no shape of this model keeps {budget}: the smallest sizes are still above it, ask for a larger target")
+    raise TargetError(
+        f"no shape of this model keeps {budget}: the smallest sizes are still above it, ask for a larger target"
+    )
 
 
 def grid(anatomy: Anatomy, axis: Axis, floor: float) -> list[int]:
-    """Sizes of an axis from the parent's down to `floor` times it: multiples of the largest power of two that leaves a choice."""
+    """Sizes of an axis from the parent's down to `floor` times it.
+
+    Multiples of the largest power of two that leaves a choice; every size for heads and groups.
+    """
     full = max(anatomy.value(axis, layer) for layer in range(anatomy.num_layers))
     lowest = max(1, round(full * floor))
     if axis.field not in _fillers(anatomy) and axis.scope == "layer":
@@ -56,7 +63,9 @@ def grid(anatomy: Anatomy, axis: Axis, floor: float) -> list[int]:
 def _fillers(anatomy: Anatomy) -> list[str]:
     """Axes of one layer without groups and without query heads inside them, widest first: FFN neurons."""
     outer = {letter for axis in anatomy.axes.values() for letter in axis.within}
-    lone = [axis for axis in anatomy.axes.values() if axis.scope == "layer" and not axis.within and axis.letter not in outer]
+    lone = [
+        axis for axis in anatomy.axes.values() if axis.scope == "layer" and not axis.within and axis.letter not in outer
+    ]
     return [axis.field for axis in sorted(lone, key=lambda axis: -anatomy.value(axis, 0))]
 
 

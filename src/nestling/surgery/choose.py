@@ -48,7 +48,9 @@ def choose(anatomy: Anatomy, ranking: Ranking, shape: Mapping[str, Any], ascendi
     if anatomy.depth_field in shape:
         layers = kept_layers(anatomy, ranking, shape[anatomy.depth_field])
     form = fit(anatomy, shape, layers)
-    return Selection(anatomy, form, tuple(_choices(anatomy, ranking, form, i, ascending) for i in range(len(form.layers))))
+    return Selection(
+        anatomy, form, tuple(_choices(anatomy, ranking, form, i, ascending) for i in range(len(form.layers)))
+    )
 
 
 def kept_layers(anatomy: Anatomy, ranking: Ranking, count: Any) -> list[int] | None:
@@ -66,7 +68,9 @@ def prefix_ranking(anatomy: Anatomy, depth: Tensor | None = None) -> Ranking:
     scores: dict[str, Any] = {}
     for axis in anatomy.axes.values():
         per_layer = tuple(
-            -torch.arange(anatomy.units(axis, layer) if anatomy.has(axis, layer) or axis.scope == "model" else 0).float()
+            -torch.arange(
+                anatomy.units(axis, layer) if anatomy.has(axis, layer) or axis.scope == "model" else 0
+            ).float()
             for layer in range(anatomy.num_layers)
         )
         scores[axis.field] = per_layer[0] if axis.scope == "model" else per_layer

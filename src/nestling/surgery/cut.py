@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import LongTensor, Tensor
@@ -28,9 +28,7 @@ from nestling.surgery.merge import merge_heads
 _SORTED = "_nestling_sorted"
 
 
-def prune(
-    model: PreTrainedModel, ranking: Ranking, shape: Mapping[str, Any], merge: str = "none"
-) -> PreTrainedModel:
+def prune(model: PreTrainedModel, ranking: Ranking, shape: Mapping[str, Any], merge: str = "none") -> PreTrainedModel:
     """The model of that shape cut from `model`, which is left as it is.
 
     Kept units stay in the parent's order. merge: what becomes of a pruned query head, `none`, or `paper` or `average`
@@ -110,7 +108,7 @@ def assemble(parent: PreTrainedModel, selection: Selection, weights: dict[str, T
             attn_implementation=parent.config._attn_implementation,
         )
     child.generation_config = copy.deepcopy(parent.generation_config)
-    return child.to(parent.device).train(parent.training)
+    return cast(Any, child).to(parent.device).train(parent.training)
 
 
 @contextmanager
@@ -169,5 +167,4 @@ def _rescaled(tensor: Tensor, spec: TensorSpec, selection: Selection) -> Tensor:
 
 def _class_for(config: PreTrainedConfig) -> type[PreTrainedModel]:
     base = getattr(config, "base_model_type", None)
-    return model_class(base) if base else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-
+    return model_class(base) if base else cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])

@@ -26,7 +26,9 @@ from nestling.surgery.cut import current_ranking, sorted_by
 
 
 @contextmanager
-def masked(model: PreTrainedModel, shape: Mapping[str, Any], ranking: Ranking | None = None) -> Iterator[PreTrainedModel]:
+def masked(
+    model: PreTrainedModel, shape: Mapping[str, Any], ranking: Ranking | None = None
+) -> Iterator[PreTrainedModel]:
     """Within this context `model` computes what the model pruned to `shape` would, in logits and gradients.
 
     ranking: which units stay. Without one they are the first of every axis, which is right for a model that
@@ -52,8 +54,8 @@ def _ranking_for(
     depth = known.scores.get(anatomy.depth_field) if known else None
     if depth is None and anatomy.depth_field in shape and shape[anatomy.depth_field] != anatomy.num_layers:
         raise ShapeError(
-            f"{anatomy.depth_field}={shape[anatomy.depth_field]} without an order of the layers: pass ranking=, or call "
-            f"reorder(model, ranking) first"
+            f"{anatomy.depth_field}={shape[anatomy.depth_field]} without an order of the layers: pass ranking=, or "
+            f"call reorder(model, ranking) first"
         )
     return prefix_ranking(anatomy, depth if isinstance(depth, Tensor) else torch.zeros(anatomy.num_layers))
 
@@ -73,7 +75,9 @@ def _mask_module(module: nn.Module, specs: list[TensorSpec], selection: Selectio
     cut = {
         name: index
         for name, index in indices.items()
-        if any(kept is not None and len(kept) < size for kept, size in zip(index, getattr(module, name).shape, strict=True))
+        if any(
+            kept is not None and len(kept) < size for kept, size in zip(index, getattr(module, name).shape, strict=True)
+        )
     }
     if not cut:
         return
@@ -85,6 +89,10 @@ def _mask_module(module: nn.Module, specs: list[TensorSpec], selection: Selectio
         masks = {name: _mask(getattr(module, name), index) for name, index in cut.items()}
         hooks.callback(module.register_forward_pre_hook(_shadow(masks)).remove)
         hooks.callback(module.register_forward_hook(_unshadow(masks), always_call=True).remove)
+
+
+def _shortened(index: tuple[LongTensor | None, ...], tensor: Tensor) -> bool:
+    return any(kept is not None and len(kept) < size for kept, size in zip(index, tensor.shape, strict=True))
 
 
 def _is_norm(module: nn.Module, specs: list[TensorSpec]) -> bool:
@@ -106,7 +114,7 @@ def _mask(tensor: Tensor, index: tuple[LongTensor | None, ...]) -> Tensor:
 def _shadow(masks: dict[str, Tensor]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any) -> None:
         for name, mask in masks.items():
-            module.__dict__[name] = module._parameters[name] * mask
+            module.__dict__[name] = module.get_parameter(name) * mask
 
     return hook
 
@@ -125,7 +133,11 @@ def _narrow_norm(kept: LongTensor) -> Callable[..., Tensor]:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         index = kept.to(output.device)
         narrow = copy.copy(module)
-        narrow.__dict__ = dict(module.__dict__) | {"_forward_hooks": {}, "_forward_pre_hooks": {}, "_parameters": {}}
+        narrow.__dict__ = dict(module.__dict__) | {
+            "_forward_hooks": {},
+            "_forward_pre_hooks": {},
+            "_parameters": {},
+        }
         for name, parameter in module._parameters.items():
             narrow.__dict__[name] = None if parameter is None else parameter[index]
         if hasattr(module, "normalized_shape"):
@@ -134,4 +146,3 @@ def _narrow_norm(kept: LongTensor) -> Callable[..., Tensor]:
         return torch.zeros_like(output).index_copy(-1, index, inner)
 
     return hook
-

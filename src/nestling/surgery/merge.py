@@ -45,7 +45,9 @@ def pairs(heads: list[int], kept: int) -> list[tuple[int, int]]:
     """(kept head, pruned head it takes up) for the heads of one group, best first. Raises `ShapeError` below half."""
     total = len(heads)
     if 2 * kept < total:
-        raise ShapeError(f"keeping {kept} of {total} heads of a group leaves heads that none can merge: keep at least half")
+        raise ShapeError(
+            f"keeping {kept} of {total} heads of a group leaves heads that none can merge: keep at least half"
+        )
     return [(heads[i - 1], heads[2 * kept - i]) for i in range(2 * kept - total + 1, kept + 1)]
 
 

@@ -4,7 +4,7 @@ Letters: `kv` KV groups, `q` query heads inside their KV group, `d` head channel
 neurons, `hidden` channels of the residual stream.
 """
 
-from nestling.anatomy.declare import Axis, Config
+from nestling.anatomy.declare import Axis, Config, SizeOf
 
 
 def head_dim(config: Config) -> int:
@@ -22,7 +22,7 @@ def axes(query: str = "self_attn.q_proj", gate: str = "mlp.gate_proj") -> tuple[
     )
 
 
-SIZES = {"vocab": "vocab_size", "d": head_dim}
+SIZES: dict[str, SizeOf] = {"vocab": "vocab_size", "d": head_dim}
 
 MODEL = {
     "model.embed_tokens.weight": "vocab hidden",

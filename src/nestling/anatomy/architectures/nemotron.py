@@ -1,6 +1,14 @@
-"""Nemotron, the architecture of Minitron itself: squared ReLU without a gate, LayerNorm with gain 1 + weight and bias."""
+"""Nemotron, Minitron's own architecture: squared ReLU without a gate, LayerNorm with gain 1 + weight and a bias."""
 
-from nestling.anatomy.architectures._dense import ATTENDS, ATTENTION, ATTENTION_BIAS, KV_CACHE, MODEL, SIZES, axes
+from nestling.anatomy.architectures._dense import (
+    ATTENDS,
+    ATTENTION,
+    ATTENTION_BIAS,
+    KV_CACHE,
+    MODEL,
+    SIZES,
+    axes,
+)
 from nestling.anatomy.declare import Architecture, register
 
 register(

@@ -1,6 +1,15 @@
 """OLMo 2 and 3: norms only after each block, and norms over the queries and keys of all heads together."""
 
-from nestling.anatomy.architectures._dense import ATTENDS, ATTENTION, ATTENTION_BIAS, KV_CACHE, MLP, MODEL, SIZES, axes
+from nestling.anatomy.architectures._dense import (
+    ATTENDS,
+    ATTENTION,
+    ATTENTION_BIAS,
+    KV_CACHE,
+    MLP,
+    MODEL,
+    SIZES,
+    axes,
+)
 from nestling.anatomy.declare import Architecture, register
 
 BLOCKS = {

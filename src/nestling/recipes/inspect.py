@@ -1,0 +1,87 @@
+"""`nestling inspect`: what a model is made of, and what it, or a shape of it, costs. No weights are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+from transformers import PreTrainedConfig
+
+from nestling import hub
+from nestling.anatomy import Anatomy
+from nestling.cost import Cost, cost
+from nestling.recipes.progress import console
+from nestling.report.human import count, size
+from nestling.shape import Shape
+
+
+@dataclass
+class InspectSettings:
+    """Settings of `inspect`.
+
+    Args:
+        model: Hub id, folder, GGUF file, or builtin:smollm2-135m-instruct.
+        shape: Also show what this shape would cost (FIELD=NUMBER,... or a JSON file).
+        context: Tokens per sequence at which KV cache and FLOPs are counted.
+        batch: Sequences.
+        trust_remote_code: Let the checkpoint run code of its own.
+    """
+
+    model: str
+    shape: str | None = None
+    context: int = 4096
+    batch: int = 1
+    trust_remote_code: bool = False
+
+
+def inspect(settings: InspectSettings) -> dict[str, Any]:
+    """Print the axes and costs of a model; returns them."""
+    config = hub.config(settings.model, trust_remote_code=settings.trust_remote_code)
+    anatomy = Anatomy.of(config)
+    whole = cost(anatomy, None, settings.context, settings.batch)
+    shape = Shape.parse(settings.shape) if settings.shape else None
+    cut = cost(anatomy, shape, settings.context, settings.batch) if shape else None
+    console.print(_axes(anatomy, config))
+    console.print(_costs(whole, cut))
+    return {
+        "architecture": anatomy.architecture.model_type,
+        "axes": {field: _sizes(anatomy, field) for field in anatomy.fields},
+        "cost": whole.to_dict(),
+        **({"shape": shape.to_dict(), "shape_cost": cut.to_dict()} if shape and cut else {}),
+    }
+
+
+def _sizes(anatomy: Anatomy, field: str) -> int | list[int]:
+    if field == anatomy.depth_field:
+        return anatomy.num_layers
+    axis = anatomy.axis(field)
+    sizes = [anatomy.value(axis, layer) for layer in range(anatomy.num_layers)]
+    return sizes[0] if len(set(sizes)) == 1 else sizes
+
+
+def _axes(anatomy: Anatomy, config: PreTrainedConfig) -> Table:
+    table = Table(title=f"{config.model_type}: what can shrink", title_justify="left", box=None, pad_edge=False)
+    table.add_column("axis")
+    table.add_column("size", justify="right")
+    table.add_column("where")
+    for field, axis in anatomy.axes.items():
+        where = "whole model" if axis.scope == "model" else "each layer"
+        groups = f", inside {' '.join(axis.within)}" if axis.within else ""
+        table.add_row(field, str(_sizes(anatomy, field)), where + groups)
+    table.add_row(anatomy.depth_field, str(anatomy.num_layers), "whole layers")
+    return table
+
+
+def _costs(whole: Cost, cut: Cost | None) -> Table:
+    table = Table(
+        title=f"cost at {whole.context} tokens x {whole.batch}", title_justify="left", box=None, pad_edge=False
+    )
+    table.add_column("")
+    table.add_column("model", justify="right")
+    if cut:
+        table.add_column("shape", justify="right")
+    for name in ("params", "active_params", "weight_bytes", "kv_bytes", "state_bytes", "flops_per_token"):
+        show = size if name.endswith("bytes") else count
+        table.add_row(name, *(show(getattr(value, name)) for value in (whole, cut) if value))
+    return table

@@ -1,0 +1,58 @@
+"""What a person sees while a job runs: a line per stage, and a bar with time left inside long ones."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(stderr=True, highlight=False)
+
+
+class Stages:
+    """Numbers the stages of a job and says how long each took."""
+
+    def __init__(self, total: int):
+        self.total, self.number = total, 0
+
+    @contextmanager
+    def __call__(self, title: str) -> Iterator[None]:
+        self.number += 1
+        started = time.monotonic()
+        console.print(f"[bold]{self.number}/{self.total}[/] {title}")
+        yield
+        seconds = time.monotonic() - started
+        if seconds >= 1:
+            console.print(f"    [dim]done in {duration(seconds)}[/]")
+
+
+@contextmanager
+def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar; yields the function that advances it. Without a terminal only its end is printed."""
+    columns = (
+        TextColumn("    {task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda amount: progress.advance(task, amount)
+
+
+def duration(seconds: float) -> str:
+    """`75` -> `1 min 15 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

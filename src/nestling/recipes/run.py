@@ -1,0 +1,123 @@
+"""One run, one folder: settings written first, then the result of each stage as soon as it is there.
+
+A stage whose result is in the folder is read back and not done again, so an interrupted job goes on where it stopped.
+Results are written beside their final name and renamed, so none is ever half there. Knows nothing of the stages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from nestling.errors import CheckpointError
+
+T = TypeVar("T")
+# Settings that say where or how the job runs, not what it makes.
+PLACES = ("out", "overwrite", "json")
+
+
+class Run:
+    """The folder of one run.
+
+    Raises `CheckpointError` when the folder holds a run with other settings, or something that is no run.
+    """
+
+    def __init__(self, verb: str, settings: Any, folder: str | Path, overwrite: bool = False):
+        self.folder = Path(folder)
+        self.verb = verb
+        self.settings = {"verb": verb, **dataclasses.asdict(settings)}
+        self.started = time.monotonic()
+        self._open(overwrite)
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def stage(self, name: str, make: Callable[[], T], save: Callable[[T, Path], Any], load: Callable[[Path], T]) -> T:
+        """The result kept under `name`, or what `make` returns, saved first."""
+        path = self.path(name)
+        if path.exists():
+            return load(path)
+        result = make()
+        write_atomically(path, lambda temporary: save(result, temporary))
+        return result
+
+    def values(self, name: str, make: Callable[[], Any]) -> Any:
+        """As `stage`, for plain values kept as JSON."""
+        return self.stage(name, make, lambda value, path: path.write_text(json.dumps(value, indent=1)), read_json)
+
+    def write(self, name: str, text: str) -> Path:
+        """Replace a text file of the run."""
+        path = self.path(name)
+        write_atomically(path, lambda temporary: temporary.write_text(text))
+        return path
+
+    def _open(self, overwrite: bool) -> None:
+        record = self.path("run.yaml")
+        if overwrite and record.exists():
+            shutil.rmtree(self.folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise CheckpointError(f"'{self.folder}' is a file: name a folder with --out")
+        if record.exists():
+            self._check_same(record)
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise CheckpointError(f"'{self.folder}' is not empty and holds no run: name another folder with --out")
+        else:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CheckpointError(
+                    f"'{self.folder}' cannot be made ({error.strerror}): name another with --out"
+                ) from error
+            self.write("run.yaml", yaml.safe_dump(plain(self.settings), sort_keys=False, allow_unicode=True))
+
+    def _check_same(self, record: Path) -> None:
+        try:
+            before = yaml.safe_load(record.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise CheckpointError(f"'{record}' is damaged: start anew with --overwrite") from error
+        now = plain(self.settings)
+        differing = [name for name in now if name not in PLACES and before.get(name) != now[name]]
+        if differing:
+            name = differing[0]
+            raise CheckpointError(
+                f"'{self.folder}' holds a run with {name}={before.get(name)}, not {now[name]}: "
+                f"name another folder with --out, or start anew with --overwrite"
+            )
+
+
+def plain(value: Any) -> Any:
+    """Settings as YAML holds them: lists for tuples, text for paths."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def read_json(path: Path) -> Any:
+    """Raises `CheckpointError` when the file is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"'{path}' is damaged: delete it and run the command again") from error
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a temporary sibling, then give it its name; nothing is left when it fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CheckpointError(
+            f"'{path}' cannot be written ({error.strerror or error}): make room or name another place"
+        ) from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)

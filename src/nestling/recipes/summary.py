@@ -1,0 +1,103 @@
+"""The summary of a finished job: everything the report and the model card show, as plain values."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import nestling
+from nestling.anatomy import Anatomy
+from nestling.cost import cost
+from nestling.ranking import Ranking
+from nestling.shape import Form, Shape
+from nestling.surgery import choose
+
+
+def summarize(
+    parent: PreTrainedModel,
+    child: PreTrainedModel,
+    ranking: Ranking,
+    shape: Shape,
+    candidates: list[dict[str, Any]],
+    settings: Any,
+    results: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What was given, what was cut, and what came of it; ready for JSON."""
+    anatomy = Anatomy.of(parent)
+    form = choose(anatomy, ranking, shape).form
+    scores, speed = results["scores"], results["speed"]
+    name = str(settings.model).rstrip("/").rpartition("/")[2]
+    return {
+        "title": f"{name} to {settings.to}",
+        "command": shlex.join(["nestling", *sys.argv[1:]]) if sys.argv[1:] else "",
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "seed": settings.seed,
+        "versions": {
+            "nestling": nestling.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {parent.device.type}",
+        "budget": settings.to,
+        "needs_nestling": child.config.model_type.startswith("nestling_"),
+        "data": {
+            "train": settings.data,
+            "calibration_tokens": settings.calibration_tokens,
+            "distill_tokens": settings.distill.tokens,
+            "validation": settings.data,
+        },
+        "parent": {
+            "name": str(settings.model),
+            "architecture": anatomy.architecture.model_type,
+            "config": parent.config.to_diff_dict(),
+            "cost": cost(parent, context=settings.cost_context).to_dict(),
+            "evaluation": scores["parent"],
+            "speed": speed["parent"],
+        },
+        "child": {
+            "name": f"{name}-{settings.to}",
+            "config": child.config.to_diff_dict(),
+            "cost": cost(child, context=settings.cost_context).to_dict(),
+            "pruned": scores["pruned"],
+            "evaluation": scores["child"],
+            "speed": speed["child"],
+        },
+        "shape": shape.to_dict(),
+        "layers": {
+            "parent": anatomy.num_layers,
+            "kept": list(form.layers),
+            "importance": _numbers(ranking.scores.get(anatomy.depth_field)),
+        },
+        "axes": [_axis(anatomy, form, ranking, field) for field in anatomy.axes if field in ranking.scores],
+        "candidates": candidates,
+        "samples": results["samples"],
+    }
+
+
+def _axis(anatomy: Anatomy, form: Form, ranking: Ranking, field: str) -> dict[str, Any]:
+    """Units before and after, and the importance of each, for one axis."""
+    axis, scores = anatomy.axis(field), ranking.scores[field]
+    if axis.scope == "model":
+        parent: Any = anatomy.value(axis, None)
+        child: Any = form.values[field][0]
+    else:
+        parent = [anatomy.value(axis, layer) for layer in range(anatomy.num_layers)]
+        place = {layer: position for position, layer in enumerate(form.layers)}
+        child = [form.values[field][place[layer]] if layer in place else 0 for layer in range(anatomy.num_layers)]
+    importance = _numbers(scores) if isinstance(scores, Tensor) else [_numbers(layer) for layer in scores]
+    return {"field": field, "scope": axis.scope, "parent": parent, "child": child, "importance": importance}
+
+
+def _numbers(scores: Any) -> list[float]:
+    """Scores with as many digits as a picture needs."""
+    return [float(f"{value:.4g}") for value in scores.tolist()] if scores is not None else []
