@@ -20,13 +20,18 @@ from nestling.errors import NestlingError
 
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
-        return torch.linalg.vector_norm(values, ord=1, dim=1, dtype=torch.float32) / values.shape[1]
+        return torch.linalg.vector_norm(values, ord=1, dim=1, dtype=_wide(values)) / values.shape[1]
     return (values.float().abs() * mask).sum(1) / mask.sum(1)
 
 
 def _l2(values: Tensor, mask: Tensor | None) -> Tensor:
     values = values if mask is None else values * mask
-    return torch.linalg.vector_norm(values, dim=1, dtype=torch.float32)
+    return torch.linalg.vector_norm(values, dim=1, dtype=_wide(values))
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    """At least float32: half precision overflows in sums."""
+    return torch.promote_types(values.dtype, torch.float32)
 
 
 def _var(values: Tensor, mask: Tensor | None) -> Tensor:

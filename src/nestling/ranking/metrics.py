@@ -63,7 +63,7 @@ def activation(read: Reading) -> Tensor:
     """Minitron: the size of the unit's activation, |a| or ||a||_2 (arXiv 2407.14679, section 2.2)."""
     if read.activation.shape[-1] == 1:
         return read.activation[..., 0]
-    return torch.linalg.vector_norm(read.activation, dim=-1, dtype=torch.float32)
+    return torch.linalg.vector_norm(read.activation, dim=-1, dtype=_wide(read.activation))
 
 
 @metric("contribution", over_batch="l2", over_sequence="l2")
@@ -72,9 +72,16 @@ def contribution(read: Reading) -> Tensor:
 
     Dividing by the token's own output keeps the few tokens with massive activations from deciding alone.
     """
+    wide = _wide(read.activation)
     if read.activation.shape[-1] == 1:
-        size = read.activation[..., 0] * torch.linalg.vector_norm(read.weight[..., 0], dim=0)
+        size = read.activation[..., 0].abs() * torch.linalg.vector_norm(read.weight[..., 0], dim=0, dtype=wide)
     else:
-        gram = torch.einsum("oui,ouj->uij", read.weight, read.weight)
-        size = torch.einsum("bsui,uij,bsuj->bsu", read.activation, gram, read.activation).clamp_min(0).sqrt()
-    return size / torch.linalg.vector_norm(read.output, dim=-1, keepdim=True).clamp_min(1e-20)
+        parts, weight = read.activation.to(wide), read.weight.to(wide)
+        gram = torch.einsum("oui,ouj->uij", weight, weight)
+        size = torch.einsum("bsui,uij,bsuj->bsu", parts, gram, parts).clamp_min(0).sqrt()
+    return size / torch.linalg.vector_norm(read.output, dim=-1, keepdim=True, dtype=wide).clamp_min(1e-20)
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    """At least float32: squares of half precision overflow."""
+    return torch.promote_types(values.dtype, torch.float32)
