@@ -1,0 +1,148 @@
+"""The run folder: results are kept and read back, other settings are refused, nothing is ever half written."""
+
+from dataclasses import dataclass
+
+import pytest
+import yaml
+
+from nestling.errors import CheckpointError
+from nestling.recipes.run import Run, read_json, write_atomically
+
+
+@dataclass
+class Settings:
+    model: str = "tiny"
+    seed: int = 0
+    sizes: tuple[int, ...] = (1, 2)
+    out: str = "run"
+    overwrite: bool = False
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_settings_are_written_first(tmp_path):
+    Run("prune", Settings(), tmp_path / "deep" / "run")
+    record = yaml.safe_load((tmp_path / "deep" / "run" / "run.yaml").read_text())
+    assert record == {"verb": "prune", "model": "tiny", "seed": 0, "sizes": [1, 2], "out": "run", "overwrite": False}
+
+
+def test_a_kept_stage_is_read_and_not_done_again(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return {"value": len(made)}
+
+    for _ in range(3):
+        assert Run("prune", Settings(), tmp_path / "run").values("stage.json", make) == {"value": 1}
+    assert len(made) == 1
+    assert names(tmp_path / "run") == ["run.yaml", "stage.json"]
+
+
+def test_an_interrupted_job_goes_on_after_its_last_whole_stage(tmp_path):
+    done = []
+
+    def job(interrupt):
+        run = Run("prune", Settings(), tmp_path / "run")
+
+        def second():
+            done.append("second")
+            if interrupt:
+                raise KeyboardInterrupt
+            return 2
+
+        return run.values("first.json", lambda: done.append("first") or 1), run.values("second.json", second)
+
+    with pytest.raises(KeyboardInterrupt):
+        job(interrupt=True)
+    assert names(tmp_path / "run") == ["first.json", "run.yaml"]
+    assert job(interrupt=False) == (1, 2)
+    assert done == ["first", "second", "second"]
+
+
+def test_a_stage_may_be_a_folder(tmp_path):
+    def save(text, path):
+        path.mkdir()
+        (path / "text").write_text(text)
+
+    run = Run("prune", Settings(), tmp_path / "run")
+    for text in ("one", "two"):
+        kept = run.stage("model", lambda text=text: text, save, lambda path: (path / "text").read_text())
+        assert kept == "one"
+
+
+@pytest.mark.parametrize(("change", "name"), [({"seed": 1}, "seed=0, not 1"), ({"sizes": (3,)}, r"sizes=\[1, 2\]")])
+def test_other_settings_are_refused(tmp_path, change, name):
+    Run("prune", Settings(), tmp_path / "run").write("kept.txt", "kept")
+    with pytest.raises(CheckpointError, match=rf"holds a run with {name}.*--overwrite"):
+        Run("prune", Settings(**change), tmp_path / "run")
+    with pytest.raises(CheckpointError, match="holds a run with verb=prune, not rank"):
+        Run("rank", Settings(), tmp_path / "run")
+    assert (tmp_path / "run" / "kept.txt").read_text() == "kept"
+
+
+def test_where_a_job_runs_may_change(tmp_path):
+    Run("prune", Settings(), tmp_path / "run")
+    Run("prune", Settings(out="elsewhere", overwrite=True), tmp_path / "run")
+
+
+def test_overwrite_starts_anew(tmp_path):
+    Run("prune", Settings(), tmp_path / "run").write("kept.txt", "kept")
+    Run("prune", Settings(seed=1), tmp_path / "run", overwrite=True)
+    assert names(tmp_path / "run") == ["run.yaml"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_holds_no_run_is_left_alone(tmp_path, overwrite):
+    (tmp_path / "thesis.txt").write_text("work")
+    with pytest.raises(CheckpointError, match="is not empty and holds no run"):
+        Run("prune", Settings(), tmp_path, overwrite=overwrite)
+    with pytest.raises(CheckpointError, match="is a file: name a folder"):
+        Run("prune", Settings(), tmp_path / "thesis.txt", overwrite=overwrite)
+    with pytest.raises(CheckpointError, match="cannot be made"):
+        Run("prune", Settings(), tmp_path / "thesis.txt" / "run", overwrite=overwrite)
+    assert names(tmp_path) == ["thesis.txt"]
+
+
+def test_damaged_files_are_named(tmp_path):
+    run = Run("prune", Settings(), tmp_path / "run")
+    run.write("stage.json", '{"cut')
+    with pytest.raises(CheckpointError, match=r"stage\.json' is damaged: delete it"):
+        run.values("stage.json", dict)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        read_json(run.path("stage.json"))
+    run.write("run.yaml", "verb: [prune")
+    with pytest.raises(CheckpointError, match=r"run\.yaml' is damaged: start anew with --overwrite"):
+        Run("prune", Settings(), tmp_path / "run")
+
+
+# ---- writing
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("folder", [False, True])
+def test_nothing_is_left_of_a_write_that_fails(tmp_path, error, folder):
+    def write(path):
+        if folder:
+            path.mkdir()
+            path = path / "part"
+        path.write_text("half")
+        raise error
+
+    with pytest.raises((KeyboardInterrupt, ValueError, CheckpointError)) as raised:
+        write_atomically(tmp_path / "result", write)
+    assert names(tmp_path) == []
+    if isinstance(error, OSError):
+        assert "cannot be written (No space left on device)" in str(raised.value)
+
+
+def test_a_write_that_fails_keeps_what_was_there(tmp_path):
+    (tmp_path / "result").write_text("before")
+    with pytest.raises(ZeroDivisionError):
+        write_atomically(tmp_path / "result", lambda path: path.write_text(str(1 // 0)))
+    assert (tmp_path / "result").read_text() == "before"
+    write_atomically(tmp_path / "result", lambda path: path.write_text("after"))
+    assert (tmp_path / "result").read_text() == "after"
+    assert names(tmp_path) == ["result"]
