@@ -19,7 +19,11 @@ VERBS = {
     "rank": ("rank", "RankSettings", "rank_model", "importance of everything, saved"),
     "search": ("prune", "SearchSettings", "search", "candidate shapes for a budget, ranked"),
     "prune": ("prune", "PruneSettings", "prune_model", "cut a model to a budget or a shape"),
+    "distill": ("distill", "DistillVerb", "distill_model", "retrain a student from its teacher"),
     "compress": ("compress", "CompressSettings", "compress", "the whole job: rank, search, prune, distill, report"),
+    "eval": ("evaluate", "EvalSettings", "evaluate_model", "perplexity, minimal pairs, lm-eval tasks"),
+    "bench": ("evaluate", "BenchSettings", "bench", "prefill and decode speed of models, side by side"),
+    "report": ("report", "ReportSettings", "report", "write the page of a finished run anew"),
 }
 
 

@@ -1,12 +1,13 @@
 """The whole job: rank, search, prune, distill, evaluate, report, in one resumable run folder.
 
-Each stage keeps its result in the folder (ranking.safetensors, candidates.json, pruned/, model/, evaluation.json,
+Each stage keeps its result in the folder (ranking.safetensors, candidates.json, pruned/, model/, evaluation-*.json,
 speed.json, samples.json), so an interrupted job continues where it was. Paper: Minitron, arXiv 2407.14679, figure 2.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from nestling.errors import DataError
 from nestling.ranking import Ranking, rank
 from nestling.recipes.progress import Stages, bar, console
 from nestling.recipes.run import Run
+from nestling.recipes.source import listed
 from nestling.recipes.summary import summarize
 from nestling.report import comparison, write_model_card, write_report
 from nestling.search import Budget, Candidate, candidates, describe, pick
@@ -43,7 +45,7 @@ class CompressSettings:
         data: Training text: hub dataset, local file or folder, or builtin:stdlib.
         out: Run folder; everything the job makes goes there.
         shape: Take this shape (FIELD=NUMBER,... or a JSON file) instead of searching for one.
-        axes: Config fields that may be cut; all of them unless given.
+        axes: Config fields that may be cut, with commas between; all of them unless given.
         metric: Importance of width units: contribution or activation.
         layers: Importance of layers: block_influence, perplexity, kl or output_error.
         merge: What becomes of pruned query heads: none, paper or average.
@@ -67,14 +69,14 @@ class CompressSettings:
     data: str = "builtin:stdlib"
     out: str = "runs/compress"
     shape: str | None = None
-    axes: list[str] = field(default_factory=list)
+    axes: str | list[str] = ""
     metric: str = "contribution"
     layers: str = "block_influence"
     merge: str = "none"
     calibration_tokens: int = 8192
     finalists: int = 4
     distill: DistillSettings = field(default_factory=DistillSettings)
-    evaluate_on: list[str] = field(default_factory=list)
+    evaluate_on: str | list[str] = ""
     evaluation_tokens: int = 8192
     pairs: str | None = None
     context: int = 256
@@ -92,10 +94,10 @@ def compress(settings: CompressSettings) -> dict[str, Any]:
     Raises a `NestlingError` for anything wrong with the settings before any long work starts.
     """
     budget = Budget.parse(settings.to)
-    run = Run("compress", settings, settings.out, settings.overwrite)
     set_seed(settings.seed)
-    job = _Job(settings, run)
+    job = _Job(settings)
     shapes = job.feasible(budget)
+    run = job.run = Run("compress", settings, settings.out, settings.overwrite)
     stages = Stages(6)
     with stages("rank every axis on calibration text"):
         ranking = run.stage("ranking.safetensors", job.rank, lambda value, path: value.save(path), Ranking.load)
@@ -122,8 +124,10 @@ def compress(settings: CompressSettings) -> dict[str, Any]:
 class _Job:
     """The models and data of one job, loaded once."""
 
-    def __init__(self, settings: CompressSettings, run: Run):
-        self.settings, self.run = settings, run
+    run: Run
+
+    def __init__(self, settings: CompressSettings):
+        self.settings = settings
         self.parent, tokenizer = hub.load(
             settings.model,
             dtype=settings.dtype,
@@ -150,7 +154,7 @@ class _Job:
             shape = Shape.parse(self.settings.shape)
             return [(shape, cost(self.parent, shape, self.settings.cost_context))]
         anatomy = Anatomy.of(self.parent)
-        return candidates(anatomy, budget, self.settings.cost_context, tuple(self.settings.axes))
+        return candidates(anatomy, budget, self.settings.cost_context, tuple(listed(self.settings.axes)))
 
     def rank(self) -> Ranking:
         tokens = sum(batch["input_ids"].numel() for batch in self.calibration)
@@ -190,7 +194,10 @@ class _Job:
         """Perplexities of all three, minimal pairs, speed side by side, and samples."""
         child = self.load("model")
         models = {"parent": self.parent, "pruned": self.load("pruned"), "child": child}
-        scores = self.run.values("evaluation.json", lambda: {k: self._scores(m) for k, m in models.items()})
+        scores = {
+            name: self.run.values(f"evaluation-{name}.json", partial(self._scores, model))
+            for name, model in models.items()
+        }
         pair = {"parent": self.parent, "child": child}
         speed = self.run.values("speed.json", lambda: {k: vars(v) for k, v in evaluate.speed(pair).items()})
         samples = self.run.values("samples.json", lambda: [self._sample(prompt, child) for prompt in PROMPTS])
@@ -199,7 +206,7 @@ class _Job:
     def _scores(self, model: PreTrainedModel) -> dict[str, Any]:
         settings = self.settings
         found = {}
-        for spec in dict.fromkeys([settings.data, *settings.evaluate_on]):
+        for spec in dict.fromkeys([settings.data, *listed(settings.evaluate_on)]):
             split = "validation" if spec == settings.data else "all"
             result = evaluate.perplexity(
                 model,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from nestling.errors import CheckpointError, TargetError
 from nestling.ranking import Ranking, rank
 from nestling.recipes.progress import bar, console
 from nestling.recipes.run import write_atomically
-from nestling.recipes.source import Source
+from nestling.recipes.source import Source, listed
 from nestling.report.human import count, figure, quotient, ratio
 from nestling.search import Budget, Candidate, candidates, describe, pick
 from nestling.shape import Shape
@@ -32,7 +32,7 @@ class SearchSettings:
         data: Calibration text: hub dataset, local file or folder, or builtin:stdlib.
         ranking: A ranking that `nestling rank` wrote; made anew unless given.
         out: File to write the best shape to.
-        axes: Config fields that may be cut; all of them unless given.
+        axes: Config fields that may be cut, with commas between; all of them unless given.
         finalists: Candidates that are really cut and scored.
         tokens: Calibration tokens.
         context: Tokens per row.
@@ -48,7 +48,7 @@ class SearchSettings:
     data: str = "builtin:stdlib"
     ranking: str | None = None
     out: str = "shape.json"
-    axes: list[str] = field(default_factory=list)
+    axes: str | list[str] = ""
     finalists: int = 4
     tokens: int = 4096
     context: int = 256
@@ -71,7 +71,7 @@ class PruneSettings:
         ranking: A ranking that `nestling rank` wrote; made anew unless given.
         out: Folder to write the model to.
         merge: What becomes of pruned query heads: none, paper or average.
-        axes: Config fields that may be cut; all of them unless given.
+        axes: Config fields that may be cut, with commas between; all of them unless given.
         finalists: Candidates that are really cut and scored.
         tokens: Calibration tokens.
         context: Tokens per row.
@@ -90,7 +90,7 @@ class PruneSettings:
     ranking: str | None = None
     out: str = "pruned"
     merge: str = "none"
-    axes: list[str] = field(default_factory=list)
+    axes: str | list[str] = ""
     finalists: int = 4
     tokens: int = 8192
     context: int = 256
@@ -105,7 +105,9 @@ class PruneSettings:
 def search(settings: SearchSettings) -> dict[str, Any]:
     """Rank candidate shapes for a budget and write the best; returns them all."""
     source = Source.open(settings)
-    found = candidates(Anatomy.of(source.model), Budget.parse(settings.to), settings.cost_context, tuple(settings.axes))
+    found = candidates(
+        Anatomy.of(source.model), Budget.parse(settings.to), settings.cost_context, tuple(listed(settings.axes))
+    )
     tried = _tried(source, settings, found)
     console.print(_table(tried, cost(source.model, context=settings.cost_context)))
     write_atomically(Path(settings.out), tried[0].shape.save)
@@ -125,7 +127,7 @@ def prune_model(settings: PruneSettings) -> dict[str, Any]:
         found = [(shape, cost(source.model, shape, settings.cost_context))]
     else:
         budget = Budget.parse(settings.to or "")
-        found = candidates(Anatomy.of(source.model), budget, settings.cost_context, tuple(settings.axes))
+        found = candidates(Anatomy.of(source.model), budget, settings.cost_context, tuple(listed(settings.axes)))
     ranking = _ranking(source, settings)
     shape = _tried(source, settings, found, ranking)[0].shape
     child = prune(source.model, ranking, shape, settings.merge)

@@ -12,6 +12,11 @@ from nestling import data, hub
 from nestling.errors import DataError
 
 
+def listed(value: str | list[str]) -> list[str]:
+    """Names given as a list, or as one text with commas between them."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else list(value)
+
+
 @dataclass
 class Source:
     """A loaded model with its tokenizer."""

@@ -37,7 +37,7 @@ def summarize(
     scores, speed = results["scores"], results["speed"]
     name = str(settings.model).rstrip("/").rpartition("/")[2]
     return {
-        "title": f"{name} to {settings.to}",
+        "title": f"{name} to {settings.shape or settings.to}",
         "command": shlex.join(["nestling", *sys.argv[1:]]) if sys.argv[1:] else "",
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "seed": settings.seed,
@@ -48,7 +48,7 @@ def summarize(
             "python": platform.python_version(),
         },
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {parent.device.type}",
-        "budget": settings.to,
+        "budget": settings.shape or settings.to,
         "needs_nestling": child.config.model_type.startswith("nestling_"),
         "data": {
             "train": settings.data,

@@ -88,11 +88,23 @@ def _filled(
         lowest = max(1, round(anatomy.num_layers * max(floor, 0.1)))
         options[anatomy.depth_field] = list(range(anatomy.num_layers, lowest - 1, -1))
     sizes = grid(anatomy, anatomy.axes[fill], floor / 2) if fill else []
+    if not _reachable(anatomy, budget, parent, context, options | ({fill: sizes} if fill else {})):
+        return
     for values in itertools.product(*options.values()):
         rest = {name: value for name, value in zip(options, values, strict=True) if value != _full(anatomy, name)}
         found = _largest(anatomy, budget, parent, context, rest, fill, sizes)
         if found is not None:
             yield found
+
+
+def _reachable(anatomy: Anatomy, budget: Budget, parent: Cost, context: int, options: Mapping[str, list[int]]) -> bool:
+    """Whether the smallest size of everything keeps the budget; if not, no combination does."""
+    smallest = {name: min(values) for name, values in options.items()}
+    try:
+        form = fit(anatomy, smallest, check_config=False)
+    except ShapeError:  # the smallest sizes do not go together: look at each combination
+        return True
+    return budget.met_by(cost_of_form(anatomy, form, context), parent)
 
 
 def _full(anatomy: Anatomy, field: str) -> int:

@@ -1,0 +1,141 @@
+"""`nestling eval` and `nestling bench`: how good and how fast checkpoints are."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from nestling import evaluate, hub
+from nestling.errors import DataError
+from nestling.recipes.progress import bar, console
+from nestling.recipes.source import Source, listed
+from nestling.report.human import figure
+
+
+@dataclass
+class EvalSettings:
+    """Settings of `eval`.
+
+    Args:
+        model: Hub id, folder, GGUF file, or builtin:smollm2-135m-instruct.
+        data: Texts to measure perplexity on, with commas between: hub datasets, files, folders, builtin:stdlib.
+        split: Part of that text: validation, train or all.
+        tokens: Tokens per text.
+        context: Tokens per window.
+        stride: Tokens between windows; the context unless given.
+        pairs: File or folder of minimal pairs in BLiMP's JSONL format.
+        tasks: lm-eval tasks by name, with commas between.
+        limit: Examples per lm-eval task and pairs per file; all unless given.
+        seed: The one seed of every random choice.
+        dtype: Of the weights: auto, float32, bfloat16 or float16.
+        device: Where to compute; the best there is unless given.
+        trust_remote_code: Let the checkpoint run code of its own.
+    """
+
+    model: str
+    data: str | list[str] = ""
+    split: str = "validation"
+    tokens: int = 8192
+    context: int = 512
+    stride: int | None = None
+    pairs: str | None = None
+    tasks: str | list[str] = ""
+    limit: int | None = None
+    seed: int = 0
+    dtype: str = "auto"
+    device: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass
+class BenchSettings:
+    """Settings of `bench`.
+
+    Args:
+        models: Hub ids, folders or GGUF files to measure side by side, with commas between.
+        prompt_tokens: Length of the prompt that is prefilled.
+        new_tokens: Tokens decoded after it.
+        batch: Sequences at once.
+        rounds: Rounds that count, after one that does not.
+        dtype: Of the weights: auto, float32, bfloat16 or float16.
+        device: Where to compute; the best there is unless given.
+        trust_remote_code: Let the checkpoints run code of their own.
+    """
+
+    models: str | list[str]
+    prompt_tokens: int = 512
+    new_tokens: int = 32
+    batch: int = 1
+    rounds: int = 5
+    dtype: str = "auto"
+    device: str | None = None
+    trust_remote_code: bool = False
+
+
+def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
+    """Measure what was asked for; returns it. Raises `DataError` when nothing was."""
+    if not (settings.data or settings.pairs or settings.tasks):
+        raise DataError("eval has nothing to measure: give --data, --pairs or --tasks")
+    source = Source.open(settings)
+    results: dict[str, Any] = {}
+    for spec in listed(settings.data):
+        with bar(f"perplexity on {spec}", settings.tokens) as advance:
+            found = evaluate.perplexity(
+                source.model,
+                source.tokenizer,
+                spec,
+                context=settings.context,
+                stride=settings.stride,
+                tokens=settings.tokens,
+                split=settings.split,
+                progress=advance,
+            )
+        results[spec] = {"perplexity": found.value, **asdict(found)}
+    if settings.pairs:
+        pairs = evaluate.minimal_pairs(source.model, source.tokenizer, settings.pairs, limit=settings.limit)
+        results["minimal pairs"] = asdict(pairs)
+    if settings.tasks:
+        results |= evaluate.harness(source.model, source.tokenizer, listed(settings.tasks), limit=settings.limit)
+    console.print(_scores(results))
+    return results
+
+
+def bench(settings: BenchSettings) -> dict[str, Any]:
+    """Measure prefill and decode speed, interleaved in one process; returns the figures of each model."""
+    models = {
+        name: hub.load(
+            name, dtype=settings.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code
+        )[0]
+        for name in listed(settings.models)
+    }
+    with bar("rounds", settings.rounds + 1) as advance:
+        found = evaluate.speed(
+            models,
+            prompt_tokens=settings.prompt_tokens,
+            new_tokens=settings.new_tokens,
+            batch=settings.batch,
+            rounds=settings.rounds,
+            progress=advance,
+        )
+    table = Table(title="tokens per second, median", title_justify="left", box=None, pad_edge=False)
+    table.add_column("model", overflow="fold")
+    table.add_column("prefill", justify="right")
+    table.add_column("decode", justify="right")
+    for name, speed in found.items():
+        table.add_row(name, figure(speed.prefill_tokens_per_s), figure(speed.decode_tokens_per_s))
+    console.print(table)
+    return {name: asdict(speed) for name, speed in found.items()}
+
+
+def _scores(results: dict[str, Any]) -> Table:
+    table = Table(title="evaluation", title_justify="left", box=None, pad_edge=False)
+    table.add_column("on", overflow="fold")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    for name, values in results.items():
+        for measure in ("perplexity", "accuracy") if {"perplexity", "accuracy"} & set(values) else values:
+            if isinstance(values.get(measure), float):
+                table.add_row(name, measure, figure(values[measure]))
+    return table
