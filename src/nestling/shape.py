@@ -87,7 +87,7 @@ def _value(name: str, value: Any) -> Value:
 
 
 def _size(name: str, value: Any) -> int:
-    if isinstance(value, bool) or int(value) != value or value < 1:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or int(value) != value or value < 1:
         raise ShapeError(f"{name}={value} is not a size: use a whole number from 1 up")
     return int(value)
 
@@ -171,7 +171,7 @@ def _cut_depth(anatomy: Anatomy, config: PreTrainedConfig, form: Form) -> None:
 
 
 def _fit(anatomy: Anatomy, shape: Mapping[str, Any], layers: Sequence[int] | None) -> Form:
-    wanted = dict(shape)
+    wanted: dict[str, Any] = dict(Shape(**dict(shape)))
     for field in wanted:
         if field != anatomy.depth_field:
             anatomy.axis(field)

@@ -47,6 +47,9 @@ def rank(
     if layers not in LAYER_METRICS:
         raise NestlingError(f"'{layers}' is not a layer metric: choose from {', '.join(LAYER_METRICS)}")
     anatomy = Anatomy.of(model)
+    if not isinstance(metric, str):
+        for field in metric:
+            anatomy.axis(field)
     names = {field: metric if isinstance(metric, str) else metric.get(field, "contribution") for field in anatomy.axes}
     metrics = {field: _aggregated(find_metric(name), over_batch, over_sequence) for field, name in names.items()}
     if layers != "block_influence":

@@ -41,7 +41,7 @@ class CompressSettings:
 
     Args:
         model: Hub id, folder, GGUF file, or builtin:smollm2-135m-instruct.
-        to: Target: 0.5x, 100M, or named limits such as params=4B,kv_bytes=1G,latency=0.7x.
+        to: Target: 0.5x, 100M, or named limits such as params=4B,kv_bytes=1G.
         data: Training text: hub dataset, local file or folder, or builtin:stdlib.
         out: Run folder; everything the job makes goes there.
         shape: Take this shape (FIELD=NUMBER,... or a JSON file) instead of searching for one.

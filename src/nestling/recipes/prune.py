@@ -28,7 +28,7 @@ class SearchSettings:
 
     Args:
         model: Hub id, folder, GGUF file, or builtin:smollm2-135m-instruct.
-        to: Target: 0.5x, 100M, or named limits such as params=4B,kv_bytes=1G,latency=0.7x.
+        to: Target: 0.5x, 100M, or named limits such as params=4B,kv_bytes=1G.
         data: Calibration text: hub dataset, local file or folder, or builtin:stdlib.
         ranking: A ranking that `nestling rank` wrote; made anew unless given.
         out: File to write the best shape to.

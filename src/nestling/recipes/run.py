@@ -81,8 +81,10 @@ class Run:
     def _check_same(self, record: Path) -> None:
         try:
             before = yaml.safe_load(record.read_text()) or {}
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise CheckpointError(f"'{record}' is damaged: start anew with --overwrite") from error
+        if not isinstance(before, dict) or before.get("verb") is None:
+            raise CheckpointError(f"'{record}' is damaged: start anew with --overwrite")
         now = plain(self.settings)
         differing = [name for name in now if name not in PLACES and before.get(name) != now[name]]
         if differing:

@@ -68,7 +68,7 @@ class Budget:
         """Raises `TargetError` if a limit leaves nothing to cut, or the parent has nothing of what it limits."""
         for name, limit in self.limits.items():
             have = 1.0 if name == LATENCY else float(getattr(parent, name))
-            if limit.of(have) >= have > 0:
+            if limit.of(have) >= have:
                 raise TargetError(
                     f"the target {name}={limit} is not below the parent's {have:,.0f}: ask for less, such as 0.75x"
                 )

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from nestling.anatomy import Anatomy, Axis
 from nestling.cost import Cost, cost_of_form
 from nestling.errors import ShapeError, TargetError
-from nestling.search.budget import Budget
+from nestling.search.budget import LATENCY, Budget
 from nestling.shape import Shape, fit
 
 # No axis is cut below this part of the parent's unless the budget cannot be met otherwise.
@@ -29,6 +29,8 @@ def candidates(
     """
     parent = cost_of_form(anatomy, fit(anatomy, {}), context)
     budget.check(parent)
+    if LATENCY in budget.limits:
+        raise TargetError("latency limits cannot be searched for: limit flops_per_token, params or kv_bytes instead")
     free = axes or anatomy.fields
     for field in axes:
         if field != anatomy.depth_field:
