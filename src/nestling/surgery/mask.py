@@ -72,13 +72,7 @@ def _mask_module(module: nn.Module, specs: list[TensorSpec], selection: Selectio
     if layer is not None and layer not in selection.form.layers:
         return
     indices = {spec.name.rpartition(".")[2]: selection.index(spec) for spec in specs}
-    cut = {
-        name: index
-        for name, index in indices.items()
-        if any(
-            kept is not None and len(kept) < size for kept, size in zip(index, getattr(module, name).shape, strict=True)
-        )
-    }
+    cut = {name: index for name, index in indices.items() if _shortened(index, getattr(module, name))}
     if not cut:
         return
     if _is_norm(module, specs):
