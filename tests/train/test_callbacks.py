@@ -44,6 +44,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch)
 def test_interrupt_finishes_the_step_then_raises():
     control = SimpleNamespace(should_save=False, should_training_stop=False)
     stop = StopOnInterrupt(saves=True)
+    handler_before = signal.getsignal(signal.SIGINT)
 
     def train():
         with stop:
@@ -56,7 +57,7 @@ def test_interrupt_finishes_the_step_then_raises():
         train()
     assert control.should_training_stop
     assert control.should_save
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler_before
 
 
 def test_second_interrupt_stops_at_once():

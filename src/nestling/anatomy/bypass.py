@@ -1,4 +1,4 @@
-"""Taking a layer out of a model's forward pass for a while, without building another model."""
+"""What is done to a model for a while: a layer taken out of its forward pass, evaluation mode."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -24,3 +25,15 @@ def bypassed(layer: nn.Module, substitute: Callable[[Tensor], Tensor] = lambda h
         yield
     finally:
         layer.__dict__.pop("forward", None)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; the mode is put back afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)

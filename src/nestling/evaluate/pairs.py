@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nestling.anatomy.bypass import evaluating
 from nestling.data.pack import check_tokenizer
 from nestling.errors import DataError
-from nestling.evaluate.score import IGNORE, evaluating, token_losses
+from nestling.evaluate.score import IGNORE, token_losses
 
 BATCH_TOKENS = 4096
 FIELDS = ("sentence_good", "sentence_bad")

@@ -6,8 +6,7 @@ its losses are taken. Architectures without a declaration run whole, their logit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -21,17 +20,18 @@ IGNORE = -100
 CHUNK_NUMBERS = 2**24  # numbers in a chunk of logits: 64 MiB in float32
 
 
-def token_losses(model: PreTrainedModel, input_ids: Tensor, targets: Tensor) -> Tensor:
+def token_losses(model: PreTrainedModel, input_ids: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
     """-log p(target) in nats `[batch, seq]`, float32 at least, 0 where the target is -100.
 
     `input_ids[b, t]` is the last token seen when `targets[b, t]` is predicted: targets are already shifted.
+    `chunk`: tokens whose logits exist at once; as many as fit in 64 MiB unless given.
     """
     counted = targets != IGNORE
     if not counted.any():
         return torch.zeros(targets.shape, device=targets.device)
     hidden, head = _forward(model, input_ids)
     rows, wanted = hidden[counted], targets[counted]
-    step = max(1, CHUNK_NUMBERS // model.config.get_text_config().vocab_size)
+    step = chunk or max(1, CHUNK_NUMBERS // model.config.get_text_config().vocab_size)
     exact = torch.promote_types(hidden.dtype, torch.float32)
     losses = torch.zeros(targets.shape, device=hidden.device, dtype=exact)
     parts = zip(rows.split(step), wanted.split(step), strict=True)
@@ -46,15 +46,3 @@ def _forward(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, Callabl
     except UnsupportedArchitecture:
         return model(input_ids=input_ids, use_cache=False).logits, lambda logits: logits
     return decoder(model)(input_ids=input_ids, use_cache=False).last_hidden_state, head
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode without gradients; the mode is put back afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)

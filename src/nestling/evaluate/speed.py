@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nestling.anatomy.bypass import evaluating
 from nestling.errors import DataError
-from nestling.evaluate.score import evaluating
 
 
 @dataclass(frozen=True)

@@ -70,10 +70,9 @@ class Aggregate:
 
     def add(self, values: Tensor, mask: Tensor | None = None) -> None:
         """Add one batch of activations; mask `[batch, seq, 1]` is 0 where there is padding, None if there is none."""
-        if mask is not None:
-            filled = mask.sum((1, 2)) > 0  # a row of padding alone says nothing
-            values, mask = values[filled], mask[filled]
         rows = self._row(values, mask).double()
+        if mask is not None:
+            rows = rows[mask.sum((1, 2)) > 0]  # a row of padding alone says nothing
         sums = torch.stack([rows.abs().sum(0), rows.square().sum(0), rows.sum(0)])
         self._sums = sums if self._sums is None else self._sums + sums
         self._count += len(rows)

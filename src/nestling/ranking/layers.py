@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nestling.anatomy import Anatomy, decoder, logits_head
-from nestling.anatomy.bypass import bypassed
+from nestling.anatomy.bypass import bypassed, evaluating
 from nestling.errors import NestlingError
-from nestling.ranking.sweep import Batch, evaluating
+from nestling.ranking.sweep import Batch
 
 Progress = Callable[[int], None]
 CHUNK = 512
@@ -67,7 +67,7 @@ def leave_one_out(
     candidates = [layer for layer in range(anatomy.num_layers) if layer not in gone]
     totals[candidates] = 0
     tokens = 0
-    with evaluating(model), torch.no_grad():
+    with evaluating(model):
         for batch in batches:
             ids = batch["input_ids"].to(model.device)
             for row in ids.split(max(1, CHUNK // ids.shape[1])):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nestling.anatomy import Anatomy, Axis, decoder
+from nestling.anatomy.bypass import evaluating
 from nestling.errors import DataError
 from nestling.ranking.aggregate import Aggregate
 from nestling.ranking.metrics import Metric, Reading
@@ -53,7 +54,7 @@ def sweep(
     anatomy = Anatomy.of(model)
     watch = _Watch(anatomy, metrics)
     tokens = 0
-    with watch.on(model), evaluating(model), torch.no_grad():
+    with watch.on(model), evaluating(model):
         for batch in batches:
             inputs = watch.begin(batch, model.device)
             decoder(model)(**inputs, use_cache=False)
@@ -63,17 +64,6 @@ def sweep(
     if not tokens:
         raise DataError("the calibration data has no batches: give at least one with input_ids [batch, seq]")
     return Measured(watch.unit_scores(), watch.influence(), tokens)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 class _Watch:

@@ -9,11 +9,14 @@ from nestling import hub
 from nestling.distill import DistillSettings, distill
 from nestling.recipes.progress import console
 from nestling.recipes.run import Run
-from nestling.recipes.source import Source
+from nestling.recipes.settings import ModelSettings
+from nestling.recipes.source import Source, load
+from nestling.train import documented
 
 
+@documented
 @dataclass
-class DistillVerb:
+class DistillVerb(ModelSettings):
     """Settings of `distill`.
 
     Args:
@@ -22,9 +25,6 @@ class DistillVerb:
         data: Training text: hub dataset, local file or folder, or builtin:stdlib.
         out: Run folder; metrics, checkpoints and the trained model go there.
         distill: Settings of the distillation.
-        dtype: Of the weights: auto, float32, bfloat16 or float16.
-        device: Where to compute; the best there is unless given.
-        trust_remote_code: Let the checkpoints run code of their own.
         overwrite: Start anew even if the run folder holds a run.
     """
 
@@ -33,21 +33,13 @@ class DistillVerb:
     data: str = "builtin:stdlib"
     out: str = "runs/distill"
     distill: DistillSettings = field(default_factory=DistillSettings)
-    dtype: str = "auto"
-    device: str | None = None
-    trust_remote_code: bool = False
     overwrite: bool = False
 
 
 def distill_model(settings: DistillVerb) -> dict[str, Any]:
     """Train the student, or go on with it; returns where the model is."""
     teacher = Source.open(settings, "teacher")
-    student, tokenizer = hub.load(
-        settings.student,
-        dtype=settings.dtype,
-        device=settings.device,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    student, tokenizer = load(settings, settings.student)
     run = Run("distill", settings, settings.out, settings.overwrite)
     target = run.path("model")
     if not target.exists():

@@ -7,15 +7,18 @@ from typing import Any
 
 from rich.table import Table
 
-from nestling import evaluate, hub
+from nestling import evaluate
 from nestling.errors import DataError
 from nestling.recipes.progress import bar, console
-from nestling.recipes.source import Source, listed
+from nestling.recipes.settings import ModelSettings, listed
+from nestling.recipes.source import Source, load
 from nestling.report.human import figure
+from nestling.train import documented
 
 
+@documented
 @dataclass
-class EvalSettings:
+class EvalSettings(ModelSettings):
     """Settings of `eval`.
 
     Args:
@@ -29,9 +32,6 @@ class EvalSettings:
         tasks: lm-eval tasks by name, with commas between.
         limit: Examples per lm-eval task and pairs per file; all unless given.
         seed: The one seed of every random choice.
-        dtype: Of the weights: auto, float32, bfloat16 or float16.
-        device: Where to compute; the best there is unless given.
-        trust_remote_code: Let the checkpoint run code of its own.
     """
 
     model: str
@@ -44,13 +44,11 @@ class EvalSettings:
     tasks: str | list[str] = ""
     limit: int | None = None
     seed: int = 0
-    dtype: str = "auto"
-    device: str | None = None
-    trust_remote_code: bool = False
 
 
+@documented
 @dataclass
-class BenchSettings:
+class BenchSettings(ModelSettings):
     """Settings of `bench`.
 
     Args:
@@ -59,9 +57,6 @@ class BenchSettings:
         new_tokens: Tokens decoded after it.
         batch: Sequences at once.
         rounds: Rounds that count, after one that does not.
-        dtype: Of the weights: auto, float32, bfloat16 or float16.
-        device: Where to compute; the best there is unless given.
-        trust_remote_code: Let the checkpoints run code of their own.
     """
 
     models: str | list[str]
@@ -69,9 +64,6 @@ class BenchSettings:
     new_tokens: int = 32
     batch: int = 1
     rounds: int = 5
-    dtype: str = "auto"
-    device: str | None = None
-    trust_remote_code: bool = False
 
 
 def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
@@ -104,12 +96,7 @@ def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
 
 def bench(settings: BenchSettings) -> dict[str, Any]:
     """Measure prefill and decode speed, interleaved in one process; returns the figures of each model."""
-    models = {
-        name: hub.load(
-            name, dtype=settings.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code
-        )[0]
-        for name in listed(settings.models)
-    }
+    models = {name: load(settings, name)[0] for name in listed(settings.models)}
     with bar("rounds", settings.rounds + 1) as advance:
         found = evaluate.speed(
             models,

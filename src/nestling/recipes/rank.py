@@ -12,11 +12,14 @@ from nestling.anatomy import Anatomy
 from nestling.ranking import Ranking, rank
 from nestling.recipes.progress import bar, console
 from nestling.recipes.run import write_atomically
+from nestling.recipes.settings import ModelSettings
 from nestling.recipes.source import Source
+from nestling.train import documented
 
 
+@documented
 @dataclass
-class RankSettings:
+class RankSettings(ModelSettings):
     """Settings of `rank`.
 
     Args:
@@ -32,9 +35,6 @@ class RankSettings:
         layers: Importance of layers: block_influence, perplexity, kl or output_error.
         greedy_layers: Remove so many layers one after another, scoring anew each time.
         seed: The one seed of every random choice.
-        dtype: Of the weights: auto, float32, bfloat16 or float16.
-        device: Where to compute; the best there is unless given.
-        trust_remote_code: Let the checkpoint run code of its own.
     """
 
     model: str
@@ -49,9 +49,6 @@ class RankSettings:
     layers: str = "block_influence"
     greedy_layers: int = 0
     seed: int = 0
-    dtype: str = "auto"
-    device: str | None = None
-    trust_remote_code: bool = False
 
 
 def rank_model(settings: RankSettings) -> dict[str, Any]:

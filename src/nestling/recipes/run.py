@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +20,7 @@ from nestling.errors import CheckpointError
 
 T = TypeVar("T")
 # Settings that say where or how the job runs, not what it makes.
-PLACES = ("out", "overwrite", "json")
+PLACES = ("out", "overwrite")
 
 
 class Run:
@@ -34,7 +33,6 @@ class Run:
         self.folder = Path(folder)
         self.verb = verb
         self.settings = {"verb": verb, **dataclasses.asdict(settings)}
-        self.started = time.monotonic()
         self._open(overwrite)
 
     def path(self, name: str) -> Path:

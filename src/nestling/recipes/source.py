@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from nestling import data, hub
 from nestling.errors import DataError
+from nestling.recipes.settings import ModelSettings
 
 
-def listed(value: str | list[str]) -> list[str]:
-    """Names given as a list, or as one text with commas between them."""
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else list(value)
+def load(settings: ModelSettings, where: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """`hub.load` with the settings' dtype, device and trust."""
+    return hub.load(
+        where,
+        dtype=settings.dtype,
+        device=settings.device,
+        trust_remote_code=settings.trust_remote_code,
+    )
 
 
 @dataclass
@@ -25,19 +30,14 @@ class Source:
     tokenizer: PreTrainedTokenizerBase
 
     @classmethod
-    def open(cls, settings: Any, name: str = "model") -> Source:
+    def open(cls, settings: ModelSettings, name: str = "model") -> Source:
         """Load what `settings.<name>` says, with the settings' dtype, device and trust; seeds everything.
 
         Raises `DataError` when there is no tokenizer, or one that does not fit the model.
         """
         set_seed(getattr(settings, "seed", 0))
         where = getattr(settings, name)
-        model, tokenizer = hub.load(
-            where,
-            dtype=settings.dtype,
-            device=settings.device,
-            trust_remote_code=settings.trust_remote_code,
-        )
+        model, tokenizer = load(settings, where)
         if tokenizer is None:
             raise DataError(f"'{where}' has no tokenizer, which text data needs: add its tokenizer files")
         data.check_tokenizer(tokenizer, model.config.vocab_size)
@@ -52,6 +52,6 @@ class Source:
             self.tokenizer,
             context=context,
             tokens=tokens,
-            batch_size=min(batch_size, -(-tokens // context)),
+            batch_size=batch_size,
             seed=seed,
         )

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nestling.anatomy import Anatomy, decoder, logits_head
+from nestling.anatomy import Anatomy
+from nestling.anatomy.bypass import evaluating
 from nestling.cost import Cost
+from nestling.evaluate.score import token_losses
 from nestling.ranking import Ranking
 from nestling.shape import Shape
 from nestling.surgery import prune
@@ -49,16 +50,13 @@ def token_loss(batches: Iterable[Batch], chunk: int = 512) -> Loss:
     """A function from a model to its cross-entropy, nats per token; logits exist for `chunk` tokens at a time."""
     kept = list(batches)
 
-    @torch.no_grad()
     def loss(model: PreTrainedModel) -> float:
-        head, total, count = logits_head(model), 0.0, 0
-        for batch in kept:
-            ids = batch["input_ids"].to(model.device)
-            hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-            targets = ids[:, 1:].flatten()
-            for part, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-                total += F.cross_entropy(head(part).float(), wanted, reduction="sum").item()
-            count += len(targets)
+        total, count = 0.0, 0
+        with evaluating(model):
+            for batch in kept:
+                ids = batch["input_ids"].to(model.device)
+                total += token_losses(model, ids[:, :-1], ids[:, 1:], chunk).sum(dtype=torch.float64).item()
+                count += ids[:, 1:].numel()
         return total / max(1, count)
 
     return loss

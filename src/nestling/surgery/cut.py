@@ -7,19 +7,18 @@ knows an architecture. The child is a plain transformers model. Paper: Minitron,
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import LongTensor, Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import logging
 
 from nestling.anatomy import Anatomy, TensorSpec
 from nestling.anatomy.notation import Dimension
 from nestling.anatomy.per_layer import model_class
+from nestling.hub.quiet import quiet
 from nestling.ranking.ranking import Ranking
 from nestling.shape import child_config
 from nestling.surgery.choose import Selection, choose
@@ -109,18 +108,6 @@ def assemble(parent: PreTrainedModel, selection: Selection, weights: dict[str, T
         )
     child.generation_config = copy.deepcopy(parent.generation_config)
     return cast(Any, child).to(parent.device).train(parent.training)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bar of transformers for weights that are in memory already."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def sorted_ranking(selection: Selection, ranking: Ranking) -> Ranking:

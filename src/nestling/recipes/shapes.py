@@ -1,0 +1,33 @@
+"""From `--to` or `--shape` to the shape that is taken, the same way for `search`, `prune` and `compress`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nestling.anatomy import Anatomy
+from nestling.cost import Cost, cost
+from nestling.ranking import Ranking
+from nestling.recipes.progress import console
+from nestling.recipes.settings import ShapeSettings, listed
+from nestling.search import Budget, Candidate, candidates, pick
+from nestling.shape import Shape
+
+Priced = list[tuple[Shape, Cost]]
+
+
+def feasible(model: PreTrainedModel, settings: ShapeSettings, to: str | None, shape: str | None = None) -> Priced:
+    """Shapes to choose from, each with its cost: the one that was given, or all that keep the budget."""
+    if shape:
+        given = Shape.parse(shape)
+        return [(given, cost(model, given, settings.cost_context))]
+    return candidates(Anatomy.of(model), Budget.parse(to or ""), settings.cost_context, tuple(listed(settings.axes)))
+
+
+def tried(
+    model: PreTrainedModel, settings: ShapeSettings, found: Priced, ranking: Ranking, few: list[dict[str, Tensor]]
+) -> list[Candidate]:
+    """The shapes scored on a few calibration batches, best first; a single one is taken as it is."""
+    if len(found) == 1:
+        return [Candidate(*found[0], expected=0.0)]
+    return pick(model, ranking, found, few, settings.finalists, progress=lambda text: console.print(f"    {text}"))
