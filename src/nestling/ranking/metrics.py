@@ -79,7 +79,18 @@ def contribution(read: Reading) -> Tensor:
         parts, weight = read.activation.to(wide), read.weight.to(wide)
         gram = torch.einsum("oui,ouj->uij", weight, weight)
         size = torch.einsum("bsui,uij,bsuj->bsu", parts, gram, parts).clamp_min(0).sqrt()
-    return size / torch.linalg.vector_norm(read.output, dim=-1, keepdim=True, dtype=wide).clamp_min(1e-20)
+    return size / _size(read.output)
+
+
+@metric("relative", over_batch="l2", over_sequence="l2")
+def relative(read: Reading) -> Tensor:
+    """The unit's activation against what its reader writes: ||a_u||_2 / ||W a||_2 for each token."""
+    return activation(read).abs() / _size(read.output)
+
+
+def _size(output: Tensor) -> Tensor:
+    """Length of each token's output `[batch, seq, 1]`."""
+    return torch.linalg.vector_norm(output, dim=-1, keepdim=True, dtype=_wide(output)).clamp_min(1e-20)
 
 
 def _wide(values: Tensor) -> torch.dtype:

@@ -1,17 +1,20 @@
 """The whole job: rank, search, prune, distill, evaluate, report, in one resumable run folder.
 
-Each stage keeps its result in the folder (ranking.safetensors, candidates.json, pruned/, model/, evaluation-*.json,
-speed.json, samples.json), so an interrupted job continues where it was. Paper: Minitron, arXiv 2407.14679, figure 2.
+Each stage keeps its result in the folder (calibration.safetensors, ranking.safetensors, candidates.json, pruned/,
+model/, evaluation-*.json, speed.json, samples.json), so an interrupted job continues where it was. Paper: Minitron,
+arXiv 2407.14679, figure 2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from nestling import evaluate, hub
@@ -21,12 +24,13 @@ from nestling.recipes.progress import Stages, bar, console
 from nestling.recipes.run import Run
 from nestling.recipes.settings import ShapeSettings, listed
 from nestling.recipes.shapes import Priced, feasible, tried
-from nestling.recipes.source import Source
+from nestling.recipes.source import Source, in_batches
 from nestling.recipes.summary import summarize
 from nestling.report import comparison, write_model_card, write_report
 from nestling.search import Budget, Candidate, describe
 from nestling.shape import Shape
 from nestling.surgery import prune
+from nestling.surgery.repair import Repair
 from nestling.train import documented
 
 PROMPTS = (
@@ -49,6 +53,7 @@ class CompressSettings(ShapeSettings):
         metric: Importance of width units: contribution or activation.
         layers: Importance of layers: block_influence, perplexity, kl or output_error.
         merge: What becomes of pruned query heads: none, paper or average.
+        repair: Refit the matrices that read pruned units by least squares on the calibration text.
         calibration_tokens: Tokens to rank and to score candidates with.
         distill: Settings of the distillation.
         evaluate_on: Further data sets to report perplexity on, besides the validation part of the training data.
@@ -64,6 +69,7 @@ class CompressSettings(ShapeSettings):
     metric: str = "contribution"
     layers: str = "block_influence"
     merge: str = "none"
+    repair: bool = True
     calibration_tokens: int = 8192
     distill: DistillSettings = field(default_factory=DistillSettings)
     evaluate_on: str | list[str] = ""
@@ -89,7 +95,7 @@ def compress(settings: CompressSettings) -> dict[str, Any]:
         shape = Shape(**scored[0]["shape"])
         console.print(f"    {describe(shape)}")
     with stages("prune"):
-        job.once("pruned", lambda: prune(job.parent, ranking, shape, settings.merge))
+        job.once("pruned", lambda: job.prune(ranking, shape))
     with stages("distill from the parent"):
         job.once("model", lambda: job.distill(job.load("pruned")))
     with stages("evaluate parent and child"):
@@ -115,20 +121,33 @@ class _Job:
         self.settings = settings
         source = Source.open(settings)
         self.parent, self.tokenizer = source.model, source.tokenizer
-        self.calibration = source.batches(
-            settings.data, settings.calibration_tokens, settings.context, seed=settings.seed
+        self.source = source
+        source.text(settings, settings.context)  # data that cannot be read is found out before long work
+
+    @cached_property
+    def text(self) -> Tensor:
+        """Calibration text `[rows, context]`."""
+        return self.run.stage(
+            "calibration.safetensors",
+            lambda: self.source.calibration(self.settings, self.settings.calibration_tokens),
+            lambda rows, path: save_file({"input_ids": rows.contiguous()}, path),
+            lambda path: load_file(path)["input_ids"],
         )
 
+    @cached_property
+    def repair(self) -> Repair | None:
+        return Repair(self.parent, in_batches(self.text)) if self.settings.repair else None
+
     def rank(self) -> Ranking:
-        tokens = sum(batch["input_ids"].numel() for batch in self.calibration)
-        with bar("tokens", tokens) as advance:
-            return rank(
-                self.parent, self.calibration, self.settings.metric, layers=self.settings.layers, progress=advance
-            )
+        batches = in_batches(self.text)
+        with bar("ranking, tokens", self.text.numel()) as advance:
+            return rank(self.parent, batches, self.settings.metric, layers=self.settings.layers, progress=advance)
 
     def search(self, ranking: Ranking, shapes: Priced) -> list[Candidate]:
-        few = self.calibration[: max(1, len(self.calibration) // 4)]
-        return tried(self.parent, self.settings, shapes, ranking, few)
+        return tried(self.parent, self.settings, shapes, ranking, self.text, self.repair)
+
+    def prune(self, ranking: Ranking, shape: Shape) -> PreTrainedModel:
+        return prune(self.parent, ranking, shape, self.settings.merge, self.repair)
 
     def once(self, name: str, make: Any) -> None:
         """Make a model and keep it under `name`, unless it is there."""

@@ -17,10 +17,11 @@ from nestling.recipes.progress import bar, console
 from nestling.recipes.run import write_atomically
 from nestling.recipes.settings import ShapeSettings
 from nestling.recipes.shapes import feasible, tried
-from nestling.recipes.source import Source
+from nestling.recipes.source import Source, in_batches
 from nestling.report.human import count, figure, quotient, ratio
 from nestling.search import Candidate, describe
 from nestling.surgery import prune
+from nestling.surgery.repair import Repair
 from nestling.train import documented
 
 
@@ -34,6 +35,7 @@ class SearchSettings(ShapeSettings):
         to: Target: 0.5x, 100M, or named limits such as params=4B,kv_bytes=1G.
         ranking: A ranking that `nestling rank` wrote; made anew unless given.
         out: File to write the best shape to.
+        repair: Score shapes as `prune` makes them with --repair.
         tokens: Calibration tokens.
     """
 
@@ -41,6 +43,7 @@ class SearchSettings(ShapeSettings):
     to: str = "0.75x"
     ranking: str | None = None
     out: str = "shape.json"
+    repair: bool = True
     tokens: int = 4096
 
 
@@ -56,6 +59,7 @@ class PruneSettings(ShapeSettings):
         ranking: A ranking that `nestling rank` wrote; made anew unless given.
         out: Folder to write the model to.
         merge: What becomes of pruned query heads: none, paper or average.
+        repair: Refit the matrices that read pruned units by least squares on the calibration text.
         tokens: Calibration tokens.
         overwrite: Replace the output folder.
     """
@@ -66,6 +70,7 @@ class PruneSettings(ShapeSettings):
     ranking: str | None = None
     out: str = "pruned"
     merge: str = "none"
+    repair: bool = True
     tokens: int = 8192
     overwrite: bool = False
 
@@ -74,7 +79,9 @@ def search(settings: SearchSettings) -> dict[str, Any]:
     """Rank candidate shapes for a budget and write the best; returns them all."""
     source = Source.open(settings)
     found = feasible(source.model, settings, settings.to)
-    scored = tried(source.model, settings, found, _ranking(source, settings), _few(source, settings))
+    text = source.calibration(settings, settings.tokens)
+    repair = Repair(source.model, in_batches(text)) if settings.repair else None
+    scored = tried(source.model, settings, found, _ranking(source, settings, text), text, repair)
     console.print(_table(scored, cost(source.model, context=settings.cost_context)))
     write_atomically(Path(settings.out), scored[0].shape.save)
     console.print(f"best shape: {settings.out}")
@@ -89,9 +96,11 @@ def prune_model(settings: PruneSettings) -> dict[str, Any]:
         raise CheckpointError(f"'{settings.out}' exists: name another folder with --out, or give --overwrite")
     source = Source.open(settings)
     found = feasible(source.model, settings, settings.to, settings.shape)
-    ranking = _ranking(source, settings)
-    shape = tried(source.model, settings, found, ranking, _few(source, settings))[0].shape
-    child = prune(source.model, ranking, shape, settings.merge)
+    text = source.calibration(settings, settings.tokens)
+    ranking = _ranking(source, settings, text)
+    repair = Repair(source.model, in_batches(text)) if settings.repair else None
+    shape = tried(source.model, settings, found, ranking, text, repair)[0].shape
+    child = prune(source.model, ranking, shape, settings.merge, repair)
     hub.save(child, settings.out, source.tokenizer, overwrite=settings.overwrite)
     console.print(f"{describe(shape)}\nmodel: {settings.out} ({count(child.num_parameters())} parameters)")
     return {
@@ -101,18 +110,11 @@ def prune_model(settings: PruneSettings) -> dict[str, Any]:
     }
 
 
-def _ranking(source: Source, settings: SearchSettings | PruneSettings) -> Ranking:
+def _ranking(source: Source, settings: SearchSettings | PruneSettings, text: Tensor) -> Ranking:
     if settings.ranking is not None:
         return Ranking.load(settings.ranking)
-    batches = source.batches(settings.data, settings.tokens, settings.context, seed=settings.seed)
-    with bar("ranking, tokens", settings.tokens) as advance:
-        return rank(source.model, batches, progress=advance)
-
-
-def _few(source: Source, settings: SearchSettings | PruneSettings) -> list[dict[str, Tensor]]:
-    """A quarter of the calibration text, to score candidates with."""
-    tokens = max(settings.context, settings.tokens // 4)
-    return source.batches(settings.data, tokens, settings.context, seed=settings.seed)
+    with bar("ranking, tokens", text.numel()) as advance:
+        return rank(source.model, in_batches(text), progress=advance)
 
 
 def _table(scored: list[Candidate], parent: Cost) -> Table:

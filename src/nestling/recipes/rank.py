@@ -12,53 +12,47 @@ from nestling.anatomy import Anatomy
 from nestling.ranking import Ranking, rank
 from nestling.recipes.progress import bar, console
 from nestling.recipes.run import write_atomically
-from nestling.recipes.settings import ModelSettings
-from nestling.recipes.source import Source
+from nestling.recipes.settings import CalibrationSettings
+from nestling.recipes.source import Source, in_batches
 from nestling.train import documented
 
 
 @documented
 @dataclass
-class RankSettings(ModelSettings):
+class RankSettings(CalibrationSettings):
     """Settings of `rank`.
 
     Args:
         model: Hub id, folder, GGUF file, or builtin:smollm2-135m-instruct.
-        data: Calibration text: hub dataset, local file or folder, or builtin:stdlib.
         out: File to write the ranking to.
         tokens: Calibration tokens.
-        context: Tokens per row.
         batch_size: Rows per batch.
         metric: Importance of width units: contribution or activation.
         over_batch: Aggregation over rows: mean, l2 or var; the metric's own unless given.
         over_sequence: Aggregation inside a row: mean, l2 or var; the metric's own unless given.
         layers: Importance of layers: block_influence, perplexity, kl or output_error.
         greedy_layers: Remove so many layers one after another, scoring anew each time.
-        seed: The one seed of every random choice.
     """
 
     model: str
-    data: str = "builtin:stdlib"
     out: str = "ranking.safetensors"
     tokens: int = 8192
-    context: int = 256
     batch_size: int = 8
     metric: str = "contribution"
     over_batch: str | None = None
     over_sequence: str | None = None
     layers: str = "block_influence"
     greedy_layers: int = 0
-    seed: int = 0
 
 
 def rank_model(settings: RankSettings) -> dict[str, Any]:
     """Rank a model and write the ranking; returns where it is and what it covers."""
     source = Source.open(settings)
-    batches = source.batches(settings.data, settings.tokens, settings.context, settings.batch_size, settings.seed)
-    with bar("tokens", settings.tokens) as advance:
+    rows = source.calibration(settings, settings.tokens)
+    with bar("tokens", rows.numel()) as advance:
         ranking = rank(
             source.model,
-            batches,
+            in_batches(rows, settings.batch_size),
             settings.metric,
             settings.over_batch,
             settings.over_sequence,

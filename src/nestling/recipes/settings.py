@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nestling.errors import DataError
 from nestling.train import documented
 
 
@@ -24,24 +25,41 @@ class ModelSettings:
 
 @documented
 @dataclass(kw_only=True)
-class ShapeSettings(ModelSettings):
-    """Settings of a verb that finds a shape on calibration text.
+class CalibrationSettings(ModelSettings):
+    """Settings of a verb that reads calibration text.
 
     Args:
         data: Text: hub dataset, local file or folder, or builtin:stdlib.
-        axes: Config fields that may be cut, with commas between; all of them unless given.
-        finalists: Candidate shapes that are really cut and scored.
+        generated: Part of the calibration text that the model writes itself, from 0 to 1, so that the child is good
+            on other text than the data too.
         context: Tokens per row of text.
-        cost_context: Tokens per sequence at which KV cache and FLOPs are counted.
         seed: The one seed of every random choice.
     """
 
     data: str = "builtin:stdlib"
+    generated: float = 0.5
+    context: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.generated <= 1:
+            raise DataError(f"generated {self.generated} is not a part of the text: give a number from 0 to 1")
+
+
+@documented
+@dataclass(kw_only=True)
+class ShapeSettings(CalibrationSettings):
+    """Settings of a verb that finds a shape on calibration text.
+
+    Args:
+        axes: Config fields that may be cut, with commas between; all of them unless given.
+        finalists: Candidate shapes that are really cut and scored.
+        cost_context: Tokens per sequence at which KV cache and FLOPs are counted.
+    """
+
     axes: str | list[str] = ""
     finalists: int = 4
-    context: int = 256
     cost_context: int = 4096
-    seed: int = 0
 
 
 def listed(value: str | list[str]) -> list[str]:

@@ -10,8 +10,11 @@ from nestling.cost import Cost, cost
 from nestling.ranking import Ranking
 from nestling.recipes.progress import console
 from nestling.recipes.settings import ShapeSettings, listed
+from nestling.recipes.source import in_batches
 from nestling.search import Budget, Candidate, candidates, pick
 from nestling.shape import Shape
+from nestling.surgery import prune
+from nestling.surgery.repair import Repair
 
 Priced = list[tuple[Shape, Cost]]
 
@@ -25,9 +28,25 @@ def feasible(model: PreTrainedModel, settings: ShapeSettings, to: str | None, sh
 
 
 def tried(
-    model: PreTrainedModel, settings: ShapeSettings, found: Priced, ranking: Ranking, few: list[dict[str, Tensor]]
+    model: PreTrainedModel,
+    settings: ShapeSettings,
+    found: Priced,
+    ranking: Ranking,
+    text: Tensor,
+    repair: Repair | None = None,
 ) -> list[Candidate]:
-    """The shapes scored on a few calibration batches, best first; a single one is taken as it is."""
+    """The shapes scored on a quarter of the calibration text `[rows, context]`, best first, cut as `prune` would.
+
+    A single one is taken as it is.
+    """
     if len(found) == 1:
         return [Candidate(*found[0], expected=0.0)]
-    return pick(model, ranking, found, few, settings.finalists, progress=lambda text: console.print(f"    {text}"))
+    return pick(
+        model,
+        ranking,
+        found,
+        in_batches(text[: -(-len(text) // 4)]),
+        settings.finalists,
+        build=lambda shape: prune(model, ranking, shape, repair=repair),
+        progress=lambda what: console.print(f"    {what}"),
+    )

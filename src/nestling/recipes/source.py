@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from nestling import data, hub
 from nestling.errors import DataError
-from nestling.recipes.settings import ModelSettings
+from nestling.recipes.progress import bar
+from nestling.recipes.settings import CalibrationSettings, ModelSettings
 
 
 def load(settings: ModelSettings, where: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -43,15 +45,28 @@ class Source:
         data.check_tokenizer(tokenizer, model.config.vocab_size)
         return cls(model.eval().requires_grad_(False), tokenizer)
 
-    def batches(
-        self, spec: str, tokens: int, context: int, batch_size: int = 8, seed: int = 0
-    ) -> list[dict[str, Tensor]]:
-        """Calibration batches `[batch, context]`."""
-        return data.batches(
-            spec,
-            self.tokenizer,
-            context=context,
-            tokens=tokens,
-            batch_size=batch_size,
-            seed=seed,
-        )
+    def text(self, settings: CalibrationSettings, tokens: int) -> Tensor:
+        """Token ids `[rows, context]` of the settings' data. Raises `DataError` when there is none."""
+        parts = data.batches(settings.data, self.tokenizer, context=settings.context, tokens=tokens, seed=settings.seed)
+        return torch.cat([part["input_ids"] for part in parts])
+
+    def calibration(self, settings: CalibrationSettings, tokens: int) -> Tensor:
+        """Token ids `[rows, context]`: of the settings' data and, in turn with them, text of the model's own."""
+        text = self.text(settings, tokens)
+        own = round(settings.generated * len(text))
+        if own == 0:
+            return text
+        with bar("calibration text, tokens", own * (settings.context - 1)) as advance:
+            written = data.generated(self.model, self.tokenizer, own, settings.context, settings.seed, advance)
+        return in_turn(text[: len(text) - own], written)
+
+
+def in_turn(*groups: Tensor) -> Tensor:
+    """Rows of several groups, spread so that any stretch of the result holds them in proportion."""
+    places = [(torch.arange(len(group)) + 0.5) / max(1, len(group)) for group in groups]
+    return torch.cat(groups)[torch.cat(places).argsort(stable=True)]
+
+
+def in_batches(rows: Tensor, batch_size: int = 8) -> list[dict[str, Tensor]]:
+    """Rows `[rows, context]` as batches `{"input_ids": [batch, context]}`."""
+    return [{"input_ids": part} for part in rows.split(batch_size)]

@@ -7,7 +7,7 @@ knows an architecture. The child is a plain transformers model. Paper: Minitron,
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -23,15 +23,23 @@ from nestling.ranking.ranking import Ranking
 from nestling.shape import child_config
 from nestling.surgery.choose import Selection, choose
 from nestling.surgery.merge import merge_heads
+from nestling.surgery.repair import Batch, Repair
 
 _SORTED = "_nestling_sorted"
 
 
-def prune(model: PreTrainedModel, ranking: Ranking, shape: Mapping[str, Any], merge: str = "none") -> PreTrainedModel:
+def prune(
+    model: PreTrainedModel,
+    ranking: Ranking,
+    shape: Mapping[str, Any],
+    merge: str = "none",
+    repair: Repair | Iterable[Batch] | None = None,
+) -> PreTrainedModel:
     """The model of that shape cut from `model`, which is left as it is.
 
     Kept units stay in the parent's order. merge: what becomes of a pruned query head, `none`, or `paper` or `average`
-    (see `nestling.surgery.merge`).
+    (see `nestling.surgery.merge`). repair: calibration batches on which the matrices that read pruned units are refit
+    by least squares, or a `Repair` that was made once for many cuts; the kept weights are the parent's unless given.
     Raises `ShapeError` for a shape that the model, or the architecture's config class, cannot take.
     """
     anatomy = Anatomy.of(model)
@@ -40,6 +48,9 @@ def prune(model: PreTrainedModel, ranking: Ranking, shape: Mapping[str, Any], me
     weights = model.state_dict()
     if merge != "none":
         weights = weights | merge_heads(weights, anatomy, ranking, selection, merge)
+    if repair is not None:
+        repair = repair if isinstance(repair, Repair) else Repair(model, repair)
+        weights = weights | repair.refit(selection)
     return assemble(model, selection, sliced(weights, selection))
 
 
