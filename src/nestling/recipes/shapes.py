@@ -13,7 +13,7 @@ from nestling.recipes.settings import ShapeSettings, listed
 from nestling.recipes.source import in_batches
 from nestling.search import Budget, Candidate, candidates, pick
 from nestling.shape import Shape
-from nestling.surgery import prune
+from nestling.surgery import choose, prune
 from nestling.surgery.repair import Repair
 
 Priced = list[tuple[Shape, Cost]]
@@ -41,6 +41,10 @@ def tried(
     """
     if len(found) == 1:
         return [Candidate(*found[0], expected=0.0)]
+    if repair is not None:
+        anatomy = Anatomy.of(model)
+        depths = {depth for shape, _ in found if (depth := shape.get(anatomy.depth_field)) is not None}
+        repair.measure(choose(anatomy, ranking, {anatomy.depth_field: depth}) for depth in sorted(depths))
     return pick(
         model,
         ranking,

@@ -1,19 +1,23 @@
-"""What the kept units can take over from the pruned ones: the matrices that read them, refit by least squares.
+"""What the kept part of a layer can take over from what was pruned: its writing matrices, refit by least squares.
 
-A module that reads an axis (`down_proj`, `o_proj`) writes W a for a token's activations a. With the units K kept and P
-pruned, a plain cut writes W_K a_K. Where pruned units vary with kept ones, their part need not be lost:
+A module that reads an axis (`down_proj`, `o_proj`) writes W a for a token's activations a. A cut loses two things that
+the kept activations a_K may foretell: what the pruned units wrote, W_P a_P, and, where the layers right after this one
+are removed, what those added to the residual stream, d. Both are regressed on a_K and folded into the matrix:
 
-    W_K <- W_K + W_P B        B = S_PK (S_KK + ridge * mean(diag S) I)^-1        S = E[a a^T / ||W a||^2]
+    W_K <- W_K + (W_P S_PK + D_K) (S_KK + ridge * mean(diag S) I)^-1      S = E[a a^T / |h|^2]    D = E[d a^T / |h|^2]
 
-is the ridge regression of P on K over calibration tokens, each weighed by what the module writes for it, so that the
-few tokens with massive activations do not decide alone. The activations are the parent's. `RIDGE` is strong on
-purpose: a weak one fits the calibration text and is worse than a plain cut on other text.
+over calibration tokens, each weighed by the length of the residual stream h that its layer leaves, so that the few
+tokens with massive activations do not decide alone. Activations are the parent's. The ridge is strong on purpose: a
+weak one fits the calibration text and is worse on other text. Folding removed layers into the matrix before them
+follows ReplaceMe (arXiv 2505.02819), which fits a map of the module's output instead of its input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +29,43 @@ from nestling.errors import DataError
 from nestling.surgery.choose import Selection
 
 RIDGE = 1.0
-# Bytes of second moments held at once. A model whose moments need more is measured anew for every cut, some layers
-# in each pass over the batches.
+# Bytes of moments kept from one cut to the next and held at once. A model that needs more is measured anew for every
+# cut, some layers in each pass over the batches.
 MOMENTS_BYTES = 4 << 30
+# Part of what a layer adds to the stream that its writers' outputs may leave unexplained. A norm between a writer and
+# the stream (Gemma, OLMo 2) leaves more; there is then no matrix to fold removed layers into.
+UNEXPLAINED = 0.02
 
 Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a cut needs of one layer: moments of the inputs of its readers, and of what is added up to layer `end`."""
+
+    layer: int
+    end: int  # the layer itself where the next one stays
+
+
+@dataclass
+class Moments:
+    """What was measured of a layer.
+
+    inputs: for each reader S `[in, in]`, in the order they are called. added: last layer of a removed run ->
+    D^T `[in, hidden]` of the last reader. products: of what the layer adds (r) and what its readers write (w):
+    (r.r, r.w, w.w).
+    """
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    added: dict[int, Tensor] = field(default_factory=dict)
+    products: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+
+    def gain(self) -> float | None:
+        """What the layer multiplies its writers' outputs by before adding them; None if it does more than that."""
+        total, across, written = self.products.tolist()
+        if across <= 0 or 1 - across**2 / (total * written) > UNEXPLAINED:
+            return None
+        return across / written
 
 
 class Repair:
@@ -50,97 +86,174 @@ class Repair:
         if not self.batches:
             raise DataError("the calibration data has no batches: give at least one with input_ids [batch, seq]")
         anatomy = Anatomy.of(model)
-        self._widths = {
-            name: model.get_parameter(name).shape[-1]
-            for axis in anatomy.axes.values()
-            for layer in (range(anatomy.num_layers) if axis.scope == "layer" else ())
-            for name in anatomy.places(axis, layer)
-        }
-        self._kept: dict[str, Tensor] = {}
+        self._readers = [
+            {
+                name: model.get_parameter(name).shape
+                for axis in anatomy.axes.values()
+                if axis.scope == "layer"
+                for name in anatomy.places(axis, layer)
+            }
+            for layer in range(anatomy.num_layers)
+        ]
+        self._known: dict[int, Moments] = {}
+
+    def measure(self, selections: Iterable[Selection]) -> None:
+        """Measure at once what these cuts will need; `refit` does so for its own cut otherwise."""
+        needs = {need for selection in selections for need in self._needs(selection)}
+        missing = [need for need in needs if not self._has(need)]
+        if missing and self._bytes(needs) + self._bytes_known() <= MOMENTS_BYTES:
+            self._add(missing)
 
     def refit(self, selection: Selection) -> dict[str, Tensor]:
-        """The parent's reading matrices with the pruned columns folded into the kept ones, ready to be cut."""
-        result = {}
-        tensors = selection.anatomy.tensors
-        columns = {name: selection.index(tensors[name])[-1] for name in self._widths if _stays(name, selection)}
-        for name, moments in self._measured([name for name, kept in columns.items() if kept is not None]):
-            kept = columns[name]
-            assert kept is not None
-            result[name] = _folded(self.model.get_parameter(name).detach(), moments, kept, self.ridge)
+        """The parent's writing matrices with what is lost folded into the columns that stay, ready to be cut."""
+        needs = self._needs(selection)
+        self.measure([selection])
+        result: dict[str, Tensor] = {}
+        for need in needs:
+            if not self._has(need):  # not all fit at once
+                self._known = {}
+                self._add(self._first_few([other for other in needs if other.layer >= need.layer]))
+            result |= self._refit_layer(selection, need)
         return result
 
-    def _measured(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """Second moments of what each of these matrices reads; all are measured at once where they fit."""
-        if names and not self._kept and _bytes(self._widths.values()) <= MOMENTS_BYTES:
-            self._kept = _moments(self.model, list(self._widths), self.batches, self.progress)
-        if self._kept:
-            yield from ((name, self._kept[name]) for name in names)
-        else:
-            for group in _groups({name: self._widths[name] for name in names}):
-                yield from _moments(self.model, group, self.batches, self.progress).items()
+    def _refit_layer(self, selection: Selection, need: Need) -> dict[str, Tensor]:
+        moments, result = self._known[need.layer], {}
+        gain = moments.gain() if need.end > need.layer else None
+        for name, inputs in moments.inputs.items():
+            columns = selection.index(selection.anatomy.tensors[name])[-1]
+            last = name == next(reversed(moments.inputs))
+            added = moments.added[need.end] / gain if gain is not None and last else None
+            if columns is not None or added is not None:
+                weight = self.model.get_parameter(name).detach()
+                result[name] = _folded(weight, inputs, columns, added, self.ridge)
+        return result
+
+    def _needs(self, selection: Selection) -> list[Need]:
+        """One for each kept layer that loses units, or the layers after it."""
+        kept = selection.form.layers
+        ends = [following - 1 for following in (*kept[1:], selection.anatomy.num_layers)]
+        tensors = selection.anatomy.tensors
+        return [
+            Need(layer, end)
+            for layer, end in zip(kept, ends, strict=True)
+            if self._readers[layer]
+            and (end > layer or any(selection.index(tensors[name])[-1] is not None for name in self._readers[layer]))
+        ]
+
+    def _has(self, need: Need) -> bool:
+        return need.layer in self._known and (need.end == need.layer or need.end in self._known[need.layer].added)
+
+    def _bytes(self, needs: Iterable[Need]) -> int:
+        needs = list(needs)
+        squares = [shape[-1] ** 2 for layer in {n.layer for n in needs} for shape in self._readers[layer].values()]
+        added = [max(s.numel() for s in self._readers[n.layer].values()) for n in needs if n.end > n.layer]
+        return 4 * (sum(squares) + sum(added))
+
+    def _bytes_known(self) -> int:
+        tensors = [t for known in self._known.values() for t in (*known.inputs.values(), *known.added.values())]
+        return sum(4 * tensor.numel() for tensor in tensors)
+
+    def _first_few(self, needs: list[Need]) -> list[Need]:
+        """As many from the start as fit in memory together; one at least."""
+        count = 1
+        while count < len(needs) and self._bytes(needs[: count + 1]) <= MOMENTS_BYTES:
+            count += 1
+        return needs[:count]
+
+    def _add(self, needs: list[Need]) -> None:
+        for layer, moments in _Watch(self.model, self._readers, needs).run(self.batches, self.progress).items():
+            self._known.setdefault(layer, moments).added.update(moments.added)
 
 
-def _stays(name: str, selection: Selection) -> bool:
-    return selection.anatomy.tensors[name].layer in selection.form.layers
+class _Watch:
+    """The hooks of one pass over the batches, and what they add up."""
 
+    def __init__(self, model: PreTrainedModel, readers: list[dict[str, torch.Size]], needs: list[Need]):
+        self.model = model
+        self.layers = Anatomy.of(model).layers(model)
+        self.found = {need.layer: Moments() for need in needs}
+        self.modules = {name: layer for layer in self.found for name in readers[layer]}
+        self.runs: dict[int, list[int]] = {}  # last layer of a removed run -> layers that take it over
+        for need in needs:
+            if need.end > need.layer:
+                self.runs.setdefault(need.end, []).append(need.layer)
+        self._until = {layer: max(need.end for need in needs if need.layer == layer) for layer in self.found}
+        self._mask: Tensor | None = None
+        self._inputs: dict[str, Tensor] = {}  # what readers read in this batch, not yet weighed
+        self._written: dict[int, Tensor] = {}
+        self._left: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # weighed input of the last reader, stream, weight
 
-def _bytes(widths: Iterable[int]) -> int:
-    return sum(4 * width**2 for width in widths)
+    @torch.no_grad()
+    def run(self, batches: list[Batch], progress: Callable[[int], None] | None) -> dict[int, Moments]:
+        with ExitStack() as hooks, evaluating(self.model):
+            for name, layer in self.modules.items():
+                module = self.model.get_submodule(name.rpartition(".")[0])
+                hooks.callback(module.register_forward_hook(self._read(name, layer)).remove)
+            for layer in sorted(self.found.keys() | self.runs.keys()):
+                hook = self.layers[layer].register_forward_hook(self._leave(layer), with_kwargs=True)
+                hooks.callback(hook.remove)
+            for batch in batches:
+                inputs = {k: batch[k].to(self.model.device) for k in ("input_ids", "attention_mask") if k in batch}
+                self._mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
+                decoder(self.model)(**inputs, use_cache=False)
+                if progress is not None:
+                    progress(inputs["input_ids"].numel())
+        return self.found
 
+    def _tokens(self, values: Tensor) -> Tensor:
+        """`[batch, seq, dim]` -> `[tokens, dim]` of at least float32: squares of half precision overflow."""
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        return values.flatten(0, 1) if self._mask is None else values[self._mask]
 
-def _groups(widths: Mapping[str, int]) -> Iterator[list[str]]:
-    """Matrices whose moments fit in memory together."""
-    group: list[str] = []
-    for name, width in widths.items():
-        if group and _bytes([widths[other] for other in group] + [width]) > MOMENTS_BYTES:
-            yield group
-            group = []
-        group.append(name)
-    if group:
-        yield group
-
-
-@torch.no_grad()
-def _moments(
-    model: PreTrainedModel, names: list[str], batches: list[Batch], progress: Callable[[int], None] | None
-) -> dict[str, Tensor]:
-    """Second moments S `[in, in]` of what the matrices read."""
-    moments: dict[str, Tensor] = {}
-    mask: Tensor | None = None
-
-    def record(name: str) -> Callable[..., None]:
+    def _read(self, name: str, layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            wide = torch.promote_types(output.dtype, torch.float32)  # squares of half precision overflow
-            size = torch.linalg.vector_norm(output, dim=-1, keepdim=True, dtype=wide).clamp_min(1e-20)
-            share = (args[0].to(wide) / size).flatten(0, -2)
-            if mask is not None:
-                share = share[mask.flatten()]
-            if name not in moments:
-                moments[name] = share.new_zeros(share.shape[-1], share.shape[-1])
-            moments[name].addmm_(share.T, share)
+            self._inputs[name] = self._tokens(args[0])
+            written = self._tokens(output)
+            self._written[layer] = self._written[layer] + written if layer in self._written else written
 
         return hook
 
-    with ExitStack() as hooks, evaluating(model):
-        for name in names:
-            module = model.get_submodule(name.rpartition(".")[0])
-            hooks.callback(module.register_forward_hook(record(name)).remove)
-        for batch in batches:
-            inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask") if key in batch}
-            mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
-            decoder(model)(**inputs, use_cache=False)
-            if progress is not None:
-                progress(inputs["input_ids"].numel())
-    return moments
+    def _leave(self, layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            stream = self._tokens(output[0] if isinstance(output, tuple) else output)
+            for before in self.runs.get(layer, ()):
+                inputs, left, weight = self._left[before]
+                self._sum(self.found[before].added, layer, inputs.T @ ((stream - left) * weight))
+            if layer in self.found:
+                entered = self._tokens(args[0] if args else kwargs["hidden_states"])
+                self._weigh(layer, entered, stream)
+            self._left = {before: left for before, left in self._left.items() if self._until[before] > layer}
+
+        return hook
+
+    def _weigh(self, layer: int, entered: Tensor, stream: Tensor) -> None:
+        found, weight = self.found[layer], 1 / torch.linalg.vector_norm(stream, dim=-1, keepdim=True).clamp_min(1e-20)
+        for name, inputs in self._inputs.items():
+            weighed = inputs * weight
+            self._sum(found.inputs, name, weighed.T @ weighed)
+            self._left[layer] = weighed, stream, weight  # the last reader's stays
+        added, written = (stream - entered) * weight, self._written.pop(layer) * weight
+        products = [(a * b).sum(dtype=torch.float64) for a, b in ((added, added), (added, written), (written, written))]
+        found.products += torch.stack(products).cpu()
+        self._inputs = {}
+
+    @staticmethod
+    def _sum(sums: dict[Any, Tensor], key: Any, value: Tensor) -> None:
+        sums[key] = sums[key].add_(value) if key in sums else value
 
 
-def _folded(weight: Tensor, moments: Tensor, kept: Tensor, ridge: float) -> Tensor:
-    kept = kept.to(moments.device)
-    pruned = torch.ones(len(moments), dtype=torch.bool, device=moments.device).index_fill(0, kept, False)
-    wide = moments.double()
+def _folded(weight: Tensor, inputs: Tensor, kept: Tensor | None, added: Tensor | None, ridge: float) -> Tensor:
+    """W with what is lost folded into its kept columns. inputs: S. kept: those columns, None for all. added: D^T."""
+    device = inputs.device
+    everything = torch.arange(len(inputs), device=device)
+    kept = everything if kept is None else kept.to(device)
+    pruned = torch.ones_like(everything, dtype=torch.bool).index_fill(0, kept, False)
+    wide = inputs.double()
     system = wide[kept][:, kept]
     system.diagonal().add_(ridge * wide.diagonal().mean().clamp_min(1e-300))
-    share = torch.linalg.solve(system, wide[kept][:, pruned])  # B^T [kept, pruned]
+    lost = wide[kept][:, pruned] @ weight[:, pruned].double().T
+    if added is not None:
+        lost += added[kept].double()
     folded = weight.clone()
-    folded[:, kept] += (weight[:, pruned].double() @ share.T).to(weight.dtype)
+    folded[:, kept] += torch.linalg.solve(system, lost).T.to(weight.dtype)
     return folded
