@@ -4,8 +4,8 @@ What a spec means is in `documents`, how documents become rows in `pack`. Nothin
 from it is a vocabulary size. See docs/data.md for splits and packing in words.
 """
 
+from nestling.data.calibration import calibration
 from nestling.data.documents import documents
-from nestling.data.generated import generated
 from nestling.data.pack import batches, check_tokenizer, packed, token_stream
 
-__all__ = ["batches", "check_tokenizer", "documents", "generated", "packed", "token_stream"]
+__all__ = ["batches", "calibration", "check_tokenizer", "documents", "packed", "token_stream"]

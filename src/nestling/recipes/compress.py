@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nestling import evaluate, hub
+from nestling.data import batches
 from nestling.distill import DistillSettings, distill
 from nestling.ranking import Ranking, rank
 from nestling.recipes.progress import Stages, bar, console
@@ -122,7 +123,8 @@ class _Job:
         source = Source.open(settings)
         self.parent, self.tokenizer = source.model, source.tokenizer
         self.source = source
-        source.text(settings, settings.context)  # data that cannot be read is found out before long work
+        # Data that cannot be read is found out before long work.
+        batches(settings.data, self.tokenizer, context=settings.context, tokens=settings.context)
 
     @cached_property
     def text(self) -> Tensor:
@@ -139,9 +141,9 @@ class _Job:
         return Repair(self.parent, in_batches(self.text)) if self.settings.repair else None
 
     def rank(self) -> Ranking:
-        batches = in_batches(self.text)
+        rows = in_batches(self.text)
         with bar("ranking, tokens", self.text.numel()) as advance:
-            return rank(self.parent, batches, self.settings.metric, layers=self.settings.layers, progress=advance)
+            return rank(self.parent, rows, self.settings.metric, layers=self.settings.layers, progress=advance)
 
     def search(self, ranking: Ranking, shapes: Priced) -> list[Candidate]:
         return tried(self.parent, self.settings, shapes, ranking, self.text, self.repair)

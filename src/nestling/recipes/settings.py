@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nestling.errors import DataError
 from nestling.train import documented
 
 
@@ -40,10 +39,6 @@ class CalibrationSettings(ModelSettings):
     generated: float = 0.5
     context: int = 256
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.generated <= 1:
-            raise DataError(f"generated {self.generated} is not a part of the text: give a number from 0 to 1")
 
 
 @documented

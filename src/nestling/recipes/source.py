@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,26 +46,14 @@ class Source:
         data.check_tokenizer(tokenizer, model.config.vocab_size)
         return cls(model.eval().requires_grad_(False), tokenizer)
 
-    def text(self, settings: CalibrationSettings, tokens: int) -> Tensor:
-        """Token ids `[rows, context]` of the settings' data. Raises `DataError` when there is none."""
-        parts = data.batches(settings.data, self.tokenizer, context=settings.context, tokens=tokens, seed=settings.seed)
-        return torch.cat([part["input_ids"] for part in parts])
-
     def calibration(self, settings: CalibrationSettings, tokens: int) -> Tensor:
-        """Token ids `[rows, context]`: of the settings' data and, in turn with them, text of the model's own."""
-        text = self.text(settings, tokens)
-        own = round(settings.generated * len(text))
-        if own == 0:
-            return text
-        with bar("calibration text, tokens", own * (settings.context - 1)) as advance:
-            written = data.generated(self.model, self.tokenizer, own, settings.context, settings.seed, advance)
-        return in_turn(text[: len(text) - own], written)
-
-
-def in_turn(*groups: Tensor) -> Tensor:
-    """Rows of several groups, spread so that any stretch of the result holds them in proportion."""
-    places = [(torch.arange(len(group)) + 0.5) / max(1, len(group)) for group in groups]
-    return torch.cat(groups)[torch.cat(places).argsort(stable=True)]
+        """Token ids `[rows, context]` of the settings' data and of the model's own text."""
+        options: dict[str, Any] = {"context": settings.context, "seed": settings.seed, "generated": settings.generated}
+        with bar("calibration text, tokens", round(settings.generated * tokens)) as advance:
+            parts = data.calibration(
+                self.model, self.tokenizer, settings.data, tokens=tokens, progress=advance, **options
+            )
+        return torch.cat([part["input_ids"] for part in parts])
 
 
 def in_batches(rows: Tensor, batch_size: int = 8) -> list[dict[str, Tensor]]:

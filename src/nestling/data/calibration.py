@@ -1,4 +1,4 @@
-"""Calibration text that the model writes itself.
+"""Calibration text: rows of a source and, in turn with them, rows that the model writes itself.
 
 What a model says at temperature 1 is a sample of all it was trained on. Scores from one narrow text keep the units
 that this text uses; with text of the model's own beside it they keep what other text needs too.
@@ -8,16 +8,54 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import LongTensor, Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
+from nestling.data.pack import batches
+from nestling.errors import DataError
+
 ROWS_AT_ONCE = 32
 
 
-def generated(
+def calibration(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: str | Path,
+    *,
+    tokens: int,
+    context: int = 256,
+    generated: float = 0.5,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> list[dict[str, Tensor]]:
+    """Batches `{"input_ids": [batch, context]}` to rank, repair and score shapes with.
+
+    generated: part of the rows that the model writes itself, from 0 to 1; any stretch of the rows is mixed alike.
+    progress: told the tokens written since the last call. Raises `DataError` when the source has not even one row.
+    """
+    if not 0 <= generated <= 1:
+        raise DataError(f"generated {generated} is not a part of the text: give a number from 0 to 1")
+    rows = torch.cat(
+        [part["input_ids"] for part in batches(spec, tokenizer, context=context, tokens=tokens, seed=seed)]
+    )
+    own = round(generated * len(rows))
+    if own:
+        rows = in_turn(rows[: len(rows) - own], written(model, tokenizer, own, context, seed, progress))
+    return [{"input_ids": part} for part in rows.split(batch_size)]
+
+
+def in_turn(*groups: Tensor) -> Tensor:
+    """Rows of several groups, spread so that any stretch of the result holds them in proportion."""
+    places = [(torch.arange(len(group)) + 0.5) / max(1, len(group)) for group in groups]
+    return torch.cat(groups)[torch.cat(places).argsort(stable=True)]
+
+
+def written(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: int,
