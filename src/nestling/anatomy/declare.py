@@ -30,6 +30,7 @@ class Axis:
     active: config field that says how many of the units one token uses; all of them unless given.
     scored_at: modules of a layer whose input is the axis's activation and whose weight's last dimension it is; the
         scores at several of them are added up.
+    metric: what its units are scored by unless the caller says otherwise (see `nestling.ranking.metrics`).
     """
 
     letter: str
@@ -39,6 +40,7 @@ class Axis:
     counts_all: bool = True
     active: str | None = None
     scored_at: tuple[str, ...] = ()
+    metric: str = "contribution"
 
 
 @dataclass(frozen=True)

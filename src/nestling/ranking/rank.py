@@ -25,7 +25,7 @@ LAYER_METRICS = ("block_influence", *DAMAGES)
 def rank(
     model: PreTrainedModel,
     batches: Iterable[Batch],
-    metric: str | Mapping[str, str] = "contribution",
+    metric: str | Mapping[str, str] | None = None,
     over_batch: str | None = None,
     over_sequence: str | None = None,
     layers: str = "block_influence",
@@ -35,8 +35,8 @@ def rank(
     """Score every axis of the model on calibration batches.
 
     batches: iterable of `{"input_ids": LongTensor[batch, seq], ...}`; an `attention_mask` leaves padding out.
-    metric: importance of width units, `contribution` or `activation` (Minitron's) or one registered with
-        `nestling.ranking.metric`; or a mapping from axis to metric.
+    metric: importance of width units, `contribution`, `relative` or `activation` (Minitron's) or one registered with
+        `nestling.ranking.metric`; or a mapping from axis to metric; what the axis declares unless given.
     over_batch, over_sequence: aggregation `mean`, `l2` or `var`; the metric's own unless given.
     layers: `block_influence` (in the same sweep), or `perplexity`, `kl`, `output_error` when each is left out in turn.
     greedy_layers: remove this many layers one after another, scoring anew each time (not for block influence).
@@ -47,10 +47,10 @@ def rank(
     if layers not in LAYER_METRICS:
         raise NestlingError(f"'{layers}' is not a layer metric: choose from {', '.join(LAYER_METRICS)}")
     anatomy = Anatomy.of(model)
-    if not isinstance(metric, str):
-        for field in metric:
-            anatomy.axis(field)
-    names = {field: metric if isinstance(metric, str) else metric.get(field, "contribution") for field in anatomy.axes}
+    chosen = dict.fromkeys(anatomy.axes, metric) if isinstance(metric, str) else dict(metric or {})
+    names = {axis.field: axis.metric for axis in anatomy.axes.values()} | {
+        anatomy.axis(f).field: chosen[f] for f in chosen
+    }
     metrics = {field: _aggregated(find_metric(name), over_batch, over_sequence) for field, name in names.items()}
     if layers != "block_influence":
         batches = list(batches)

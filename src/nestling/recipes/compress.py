@@ -51,7 +51,7 @@ class CompressSettings(ShapeSettings):
         to: Target: 0.5x, 100M, or named limits such as params=4B,kv_bytes=1G.
         out: Run folder; everything the job makes goes there.
         shape: Take this shape (FIELD=NUMBER,... or a JSON file) instead of searching for one.
-        metric: Importance of width units: contribution or activation.
+        metric: Importance of width units: contribution, relative or activation; what suits each axis unless given.
         layers: Importance of layers: block_influence, perplexity, kl or output_error.
         merge: What becomes of pruned query heads: none, paper or average.
         repair: Refit the matrices that read pruned units by least squares on the calibration text.
@@ -67,7 +67,7 @@ class CompressSettings(ShapeSettings):
     to: str = "0.75x"
     out: str = "runs/compress"
     shape: str | None = None
-    metric: str = "contribution"
+    metric: str | None = None
     layers: str = "block_influence"
     merge: str = "none"
     repair: bool = True

@@ -27,7 +27,7 @@ class RankSettings(CalibrationSettings):
         out: File to write the ranking to.
         tokens: Calibration tokens.
         batch_size: Rows per batch.
-        metric: Importance of width units: contribution or activation.
+        metric: Importance of width units: contribution, relative or activation; what suits each axis unless given.
         over_batch: Aggregation over rows: mean, l2 or var; the metric's own unless given.
         over_sequence: Aggregation inside a row: mean, l2 or var; the metric's own unless given.
         layers: Importance of layers: block_influence, perplexity, kl or output_error.
@@ -38,7 +38,7 @@ class RankSettings(CalibrationSettings):
     out: str = "ranking.safetensors"
     tokens: int = 8192
     batch_size: int = 8
-    metric: str = "contribution"
+    metric: str | None = None
     over_batch: str | None = None
     over_sequence: str | None = None
     layers: str = "block_influence"
