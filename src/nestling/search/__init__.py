@@ -1,6 +1,6 @@
 """Finding the shape for a budget."""
 
-from nestling.search.budget import Budget
+from nestling.budget import Budget
 from nestling.search.grid import candidates
 from nestling.search.pick import Candidate, describe, pick, token_loss
 
