@@ -29,6 +29,10 @@ class Selection:
     form: Form
     choices: tuple[dict[str, Choice], ...]
 
+    def keeps(self, spec: TensorSpec) -> bool:
+        """Whether anything of a tensor stays: the tensors of dropped layers do not."""
+        return spec.layer is None or spec.layer in self.form.layers
+
     def index(self, spec: TensorSpec) -> tuple[LongTensor | None, ...]:
         """For each dimension of a tensor the elements that stay; None where all do. The layer must be a kept one."""
         layer = self.form.layers[0] if spec.layer is None else spec.layer

@@ -92,7 +92,7 @@ def sliced(weights: Mapping[str, Tensor], selection: Selection) -> dict[str, Ten
     for name, spec in selection.anatomy.tensors.items():
         if spec.layer is None or spec.layer in place:
             tensor = take(weights[name], selection.index(spec))
-            result[_renamed(selection.anatomy, spec, place)] = _rescaled(tensor, spec, selection)
+            result[renamed(selection.anatomy, spec, place)] = _rescaled(tensor, spec, selection)
     return result
 
 
@@ -110,7 +110,7 @@ def assemble(parent: PreTrainedModel, selection: Selection, weights: dict[str, T
     config = child_config(selection.anatomy, selection.form)
     config.architectures = None
     with quiet():
-        child = _class_for(config).from_pretrained(
+        child = class_for(config).from_pretrained(
             None,
             config=config,
             state_dict=weights,
@@ -146,7 +146,7 @@ def _moved(selection: Selection, letter: str, layer: int) -> Tensor:
     return torch.arange(anatomy.units(axis, layer)) if index is None else index
 
 
-def _renamed(anatomy: Anatomy, spec: TensorSpec, place: Mapping[int, int]) -> str:
+def renamed(anatomy: Anatomy, spec: TensorSpec, place: Mapping[int, int]) -> str:
     if spec.layer is None:
         return spec.name
     return anatomy.layer_path(place[spec.layer]) + spec.name.removeprefix(anatomy.layer_path(spec.layer))
@@ -163,6 +163,6 @@ def _rescaled(tensor: Tensor, spec: TensorSpec, selection: Selection) -> Tensor:
     return tensor
 
 
-def _class_for(config: PreTrainedConfig) -> type[PreTrainedModel]:
+def class_for(config: PreTrainedConfig) -> type[PreTrainedModel]:
     base = getattr(config, "base_model_type", None)
     return model_class(base) if base else cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
