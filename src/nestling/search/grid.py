@@ -10,9 +10,9 @@ import itertools
 from collections.abc import Iterator, Mapping
 
 from nestling.anatomy import Anatomy, Axis
+from nestling.budget import LATENCY, Budget
 from nestling.cost import Cost, cost_of_form
 from nestling.errors import ShapeError, TargetError
-from nestling.budget import LATENCY, Budget
 from nestling.shape import Shape, fit
 
 # No axis is cut below this part of the parent's unless the budget cannot be met otherwise.
