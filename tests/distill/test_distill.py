@@ -7,8 +7,9 @@ import datasets
 import pytest
 import torch
 
-from nestling.distill import DistillSettings, DistillTrainer, distill
+from nestling.distill import DistillSettings, distill
 from nestling.errors import CheckpointError, DataError, NestlingError
+from nestling.train import LearnerTrainer
 from tests.models import VOCAB, tiny, token_batches
 
 
@@ -143,11 +144,11 @@ def test_a_disk_that_refuses_is_one_sentence(tmp_path, monkeypatch):
 
     student, teacher = pair()
     settings = DistillSettings(steps=2, batch_size=4, save_every=1)
-    plain = DistillTrainer._save_rng_state
-    monkeypatch.setattr(DistillTrainer, "_save_rng_state", refuse)
+    plain = LearnerTrainer._save_rng_state
+    monkeypatch.setattr(LearnerTrainer, "_save_rng_state", refuse)
     with pytest.raises(CheckpointError, match="make room"):
         distill(student, teacher, token_batches(1, 4), settings=settings, run_dir=tmp_path)
-    monkeypatch.setattr(DistillTrainer, "_save_rng_state", plain)
+    monkeypatch.setattr(LearnerTrainer, "_save_rng_state", plain)
     distill(student, teacher, token_batches(1, 4), settings=settings, run_dir=tmp_path)  # what was half there is gone
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match="cannot be made"):

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nestling.distill import Objective, Pair
-from nestling.distill.losses import IGNORE
+from nestling.distill import Pair
+from nestling.train import Objective
+from nestling.train.losses import IGNORE
 from tests.models import VARIANTS, VOCAB, tiny, token_batches
 
 

@@ -119,7 +119,7 @@ def test_checkpoint_is_the_student_without_the_projection(uninterrupted):
     assert not info["unexpected_keys"]
     assert_same(weights(student), expected)
     assert not any(path.suffix in (".bin", ".pkl") for path in folder.iterdir())
-    assert set(load_file(folder / "projection.safetensors")) == {"weight", "bias"}
+    assert set(load_file(folder / "learner.safetensors")) == {"projection.weight", "projection.bias"}
 
 
 def test_two_processes_train_the_same_weights(tmp_path):

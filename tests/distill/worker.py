@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from nestling.distill import distill
-from nestling.distill import trainer as trainer_module
+from nestling.train import trainer as trainer_module
 from tests.models import tiny, token_batches
 
 STEPS, SAVE_EVERY = 7, 3
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def _signal_in_step(step: int, number: int) -> None:
-    plain, calls = trainer_module.DistillTrainer.training_step, []
+    plain, calls = trainer_module.LearnerTrainer.training_step, []
 
     def training_step(self, *args, **kwargs):
         calls.append(1)
@@ -66,12 +66,12 @@ def _signal_in_step(step: int, number: int) -> None:
             os.kill(os.getpid(), number)
         return plain(self, *args, **kwargs)
 
-    trainer_module.DistillTrainer.training_step = training_step
+    trainer_module.LearnerTrainer.training_step = training_step
 
 
 def _die_in_save(save: int) -> None:
     """Die in the middle of the n-th checkpoint, between its files."""
-    plain, calls = trainer_module.DistillTrainer._save_rng_state, []
+    plain, calls = trainer_module.LearnerTrainer._save_rng_state, []
 
     def save_rng_state(self, *args, **kwargs):
         calls.append(1)
@@ -79,7 +79,7 @@ def _die_in_save(save: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return plain(self, *args, **kwargs)
 
-    trainer_module.DistillTrainer._save_rng_state = save_rng_state
+    trainer_module.LearnerTrainer._save_rng_state = save_rng_state
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nestling.train import MetricsLog, ShowProgress, StopOnInterrupt
+from nestling.train.callbacks import MetricsLog, ShowProgress, StopOnInterrupt
 
 
 def state(step, tokens=0, most=10):

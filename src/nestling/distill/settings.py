@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nestling.distill.losses import Objective
 from nestling.distill.states import check_states
-from nestling.train import TrainSettings, documented
+from nestling.train import Objective, TrainSettings, documented
 
 
 @documented

@@ -1,23 +1,38 @@
-"""What every training job shares: settings, rows in a fixed order, checkpoints that are whole, metrics, progress."""
+"""What every training job shares: the loop, its losses and settings, rows in a fixed order, whole checkpoints."""
 
-from nestling.train.callbacks import MetricsLog, ShowProgress, StopOnInterrupt
-from nestling.train.checkpoints import Seal, clear, fingerprint, newest
+from nestling.train.fit import fit
+from nestling.train.learner import Learner, model_inputs, own_dtype
+from nestling.train.losses import (
+    DIVERGENCES,
+    IGNORE,
+    Head,
+    LogitLosses,
+    Objective,
+    divergence,
+    logit_losses,
+)
 from nestling.train.rows import Rows, collate, rows_of
 from nestling.train.settings import Split, TrainSettings, documented, split_batch, training_arguments
+from nestling.train.trainer import LearnerTrainer
 
 __all__ = [
-    "MetricsLog",
+    "DIVERGENCES",
+    "IGNORE",
+    "Head",
+    "Learner",
+    "LearnerTrainer",
+    "LogitLosses",
+    "Objective",
     "Rows",
-    "Seal",
-    "ShowProgress",
     "Split",
-    "StopOnInterrupt",
     "TrainSettings",
-    "clear",
     "collate",
+    "divergence",
     "documented",
-    "fingerprint",
-    "newest",
+    "fit",
+    "logit_losses",
+    "model_inputs",
+    "own_dtype",
     "rows_of",
     "split_batch",
     "training_arguments",

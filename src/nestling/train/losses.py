@@ -78,8 +78,14 @@ class Objective:
                 f"one of them above"
             )
 
-    def terms(self, student: Tensor, teacher: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums over tokens of (loss, D, cross-entropy) from float logits `[tokens, vocab]` and targets `[tokens]`."""
+    def terms(self, student: Tensor, teacher: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums over tokens of (loss, D, cross-entropy) from float logits `[tokens, vocab]` and targets `[tokens]`.
+
+        Without a teacher there is cross-entropy alone, and D is 0.
+        """
+        if teacher is None:
+            cross_entropy = F.cross_entropy(student, targets, reduction="sum")
+            return self.ce_weight * cross_entropy, torch.zeros_like(cross_entropy), cross_entropy
         tau = self.temperature
         log_student = F.log_softmax(student / tau if tau != 1 else student, dim=-1)
         log_teacher = F.log_softmax(teacher / tau if tau != 1 else teacher, dim=-1)
@@ -115,7 +121,7 @@ class LogitLosses(NamedTuple):
 def logit_losses(
     hidden: Tensor,
     head: Head,
-    teacher_hidden: Tensor,
+    teacher_hidden: Tensor | None,
     teacher_head: Callable[[Tensor], Tensor],
     targets: Tensor,
     objective: Objective | None = None,
@@ -126,13 +132,13 @@ def logit_losses(
     """The loss of the student's logits against the teacher's and the targets, chunk by chunk.
 
     hidden: the student's last states `[..., hidden]`. teacher_hidden: the teacher's, same leading dimensions; no
-    gradient flows there. targets: the token that follows each position `[...]`, -100 where the position counts for
-    nothing. count: what sums are divided by (all real tokens of an accumulated batch); the targets here unless given.
-    chunk_tokens: tokens whose logits exist at once.
+    gradient flows there; None for an objective of cross-entropy alone. targets: the token that follows each position
+    `[...]`, -100 where the position counts for nothing. count: what sums are divided by (all real tokens of an
+    accumulated batch); the targets here unless given. chunk_tokens: tokens whose logits exist at once.
     """
     counted = (targets != IGNORE).flatten()
     rows = hidden.flatten(0, -2)[counted]
-    teacher_rows = teacher_hidden.detach().flatten(0, -2)[counted]
+    teacher_rows = teacher_hidden.detach().flatten(0, -2)[counted] if teacher_hidden is not None else None
     wanted = targets.flatten()[counted]
     work = _Work(
         head=head,
@@ -152,7 +158,7 @@ class _Work:
     """Everything of one call that is not differentiated; rows are real tokens only."""
 
     head: Head
-    teacher: Tensor
+    teacher: Tensor | None
     teacher_head: Callable[[Tensor], Tensor]
     targets: Tensor
     objective: Objective
@@ -177,11 +183,14 @@ class _Work:
         return sums, [of_hidden, *(of_wanted or map(torch.zeros_like, wanted))]
 
     def _terms(self, rows: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
-        logits = self.head(rows)
-        with torch.no_grad():
-            teacher = self.teacher_head(self.teacher[start:stop])
-        wide = torch.promote_types(_wide(logits.dtype), _wide(teacher.dtype))
-        terms = self.objective.terms(logits.to(wide), teacher.to(wide), self.targets[start:stop])
+        logits, teacher = self.head(rows), None
+        wide = _wide(logits.dtype)
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher = self.teacher_head(self.teacher[start:stop])
+            wide = torch.promote_types(wide, _wide(teacher.dtype))
+            teacher = teacher.to(wide)
+        terms = self.objective.terms(logits.to(wide), teacher, self.targets[start:stop])
         return tuple(term / self.count for term in terms)
 
     def _bounds(self, hidden: Tensor) -> list[int]:

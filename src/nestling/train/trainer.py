@@ -1,33 +1,36 @@
-"""`transformers.Trainer` for a `Pair`: its loss, what it logs, and checkpoints that are the student.
+"""`transformers.Trainer` for a `Learner`: its loss, what it logs, and checkpoints that are the student.
 
-A checkpoint's folder is the student as `save_pretrained` writes it, and beside it the projection of the state losses,
-which `from_pretrained` does not see and the student never holds.
+A checkpoint's folder is the student as `save_pretrained` writes it, and beside it whatever else the learner trains
+(`learner.safetensors`), which `from_pretrained` does not see and the student never holds.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from nestling.distill.pair import Pair
 from nestling.errors import CheckpointError, NestlingError
 from nestling.hub.quiet import quiet
+from nestling.train.learner import Learner
 
-PROJECTION = "projection.safetensors"
+BESIDE = "learner.safetensors"
+STUDENT = "student."
 
 
-class DistillTrainer(Trainer):
-    """Trains the student of a `Pair`."""
+class LearnerTrainer(Trainer):
+    """Trains a `Learner`."""
 
-    def __init__(self, pair: Pair, **arguments: Any):
-        super().__init__(model=pair, **arguments)
-        self.pair = pair
+    def __init__(self, learner: Learner, **arguments: Any):
+        super().__init__(model=learner, **arguments)
+        self.learner = learner
+        self.add_callback(_Begin(learner))
         self._parts: dict[str, Tensor] = {}
         self._logged_at = 0
 
@@ -59,14 +62,26 @@ class DistillTrainer(Trainer):
             self._parts, self._logged_at = {}, self.state.global_step
         super().log(logs)
 
+    def create_optimizer(self, *arguments: Any, **keywords: Any) -> torch.optim.Optimizer:
+        """As `Trainer` does, with the learning rate of some parameters multiplied as the learner says."""
+        optimizer = super().create_optimizer(*arguments, **keywords)
+        if self.learner.rates:
+            names: dict[Tensor, str] = {parameter: name for name, parameter in self.learner.named_parameters()}
+            groups = [part for group in optimizer.param_groups for part in _by_rate(group, names, self.learner.rates)]
+            optimizer.param_groups.clear()
+            for group in groups:
+                optimizer.add_param_group(group)
+        return optimizer
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
         folder = Path(str(output_dir or self.args.output_dir))
-        state = state_dict if state_dict is not None else self.pair.state_dict()
+        state = state_dict if state_dict is not None else self.learner.state_dict()
+        ours = {name.removeprefix(STUDENT): value for name, value in state.items() if name.startswith(STUDENT)}
         with quiet():
-            self.pair.student.save_pretrained(folder, state_dict=_part(state, "student."))
-        save_file(_part(state, "projection."), folder / PROJECTION)
+            self.learner.student.save_pretrained(folder, state_dict=ours)
+        save_file({name: value for name, value in state.items() if not name.startswith(STUDENT)}, folder / BESIDE)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         try:
@@ -81,12 +96,33 @@ class DistillTrainer(Trainer):
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        student = self.pair.student
+        student = self.learner.student
         with quiet():
             saved = type(student).from_pretrained(resume_from_checkpoint, config=student.config, dtype=student.dtype)
         student.load_state_dict(saved.state_dict())
-        self.pair.projection.load_state_dict(load_file(os.path.join(resume_from_checkpoint, PROJECTION)))
+        beside = load_file(os.path.join(resume_from_checkpoint, BESIDE))
+        self.learner.load_state_dict(beside, strict=False)  # the student's tensors are not in it
 
 
-def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+class _Begin(TrainerCallback):
+    """Tells the learner of each step before it begins."""
+
+    def __init__(self, learner: Learner):
+        self.learner = learner
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.learner.begin(state.global_step, state.max_steps)
+
+
+def _by_rate(
+    group: dict[str, Any], names: Mapping[Tensor, str], rates: Mapping[str, float]
+) -> Iterator[dict[str, Any]]:
+    """One parameter group for each multiple of the learning rate that its parameters have."""
+    parts: dict[float, list[Tensor]] = {}
+    for parameter in group["params"]:
+        rate = next((rate for prefix, rate in rates.items() if names[parameter].startswith(prefix)), 1.0)
+        parts.setdefault(rate, []).append(parameter)
+    for rate, parameters in parts.items():
+        yield group | {"params": parameters, "lr": group["lr"] * rate}

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nestling.distill.losses import DIVERGENCES, IGNORE, Head, Objective, divergence, logit_losses
 from nestling.errors import NestlingError
+from nestling.train.losses import DIVERGENCES, IGNORE, Head, Objective, divergence, logit_losses
 
 VOCAB, NARROW, WIDE = 37, 8, 11
 

@@ -1,0 +1,165 @@
+"""`fit`: the one training loop, from a `Learner` and data to the trained model, whatever the method.
+
+`transformers.Trainer` does the work. Here it is told what to do, resumes from the newest whole checkpoint of the run
+folder, and models are left in the state they were found in, weights of the student apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from nestling.errors import CheckpointError
+from nestling.train.callbacks import MetricsLog, ShowProgress, StopOnInterrupt
+from nestling.train.checkpoints import Seal, clear, fingerprint, newest
+from nestling.train.learner import Learner
+from nestling.train.rows import collate, rows_of
+from nestling.train.settings import TrainSettings, split_batch, training_arguments
+from nestling.train.trainer import LearnerTrainer
+
+CHECKPOINTS = "checkpoints"
+# Settings that do not change what is computed, so a run may be resumed with others.
+FREE = ("save_every", "log_every", "report_to", "micro_batch_size", "gradient_checkpointing")
+
+
+def fit(
+    learner: Learner,
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: TrainSettings,
+    run_dir: str | Path | None = None,
+    resume: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Learner:
+    """Train a learner in place; returns it, its student in eval mode.
+
+    data: text by name (needs `tokenizer`), a `datasets.Dataset` with a column `input_ids`, or an iterable of batches
+        `{"input_ids": [batch, seq]}`, maybe with `attention_mask` and `labels`.
+    run_dir: where `metrics.jsonl` and checkpoints go; none are written without it. resume: go on from the newest
+        whole checkpoint there, to the weights of an uninterrupted run; otherwise start anew and remove them.
+    Raises `DataError` for data or a tokenizer that do not fit, `CheckpointError` for a run folder of another run or a
+    full disk, `NestlingError` for settings that cannot work and for a loss that is not finite.
+    """
+    student, teacher = learner.student, learner.teacher
+    vocab = student.get_output_embeddings().weight.shape[0]
+    rows, row_tokens = rows_of(data, tokenizer, settings, vocab)
+    steps = settings.total_steps(row_tokens)
+    with _folder(run_dir) as folder, _at_work(learner):
+        if run_dir is None:
+            settings = dataclasses.replace(settings, save_every=0)
+        run = _fingerprint(learner, rows, settings)
+        checkpoint = _resume_from(folder / CHECKPOINTS, run, resume)
+        split = split_batch(settings, row_tokens, student.device)
+        trainer = LearnerTrainer(
+            learner,
+            args=training_arguments(settings, split, steps, folder / CHECKPOINTS, student.device),
+            train_dataset=rows,
+            data_collator=collate(vocab),
+        )
+        if teacher is not None:
+            _move(teacher, trainer.args.device)
+        with _recomputing(student, split.recompute):
+            _train(trainer, settings, folder, run, checkpoint, callbacks)
+        trainer.accelerator.free_memory()
+    return learner
+
+
+def _train(
+    trainer: LearnerTrainer,
+    settings: TrainSettings,
+    folder: Path,
+    run: str,
+    checkpoint: Path | None,
+    callbacks: Sequence[TrainerCallback],
+) -> None:
+    progress, interrupt = ShowProgress("steps"), StopOnInterrupt(saves=settings.save_every > 0)
+    trainer.remove_callback(PrinterCallback)
+    for callback in (MetricsLog(folder), progress, interrupt, *callbacks, Seal(run)):
+        trainer.add_callback(callback)
+    try:
+        with interrupt:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except OSError as error:
+        raise CheckpointError(
+            f"the run folder '{folder}' cannot be written ({error.strerror or error}): make room and run again"
+        ) from error
+    finally:
+        progress.close()
+
+
+def _fingerprint(learner: Learner, rows: Any, settings: TrainSettings) -> str:
+    """What a checkpoint must agree with to be resumed from."""
+    chosen = {name: value for name, value in dataclasses.asdict(settings).items() if name not in FREE}
+    models = [learner.student, *([learner.teacher] if learner.teacher is not None else [])]
+    shapes = [[(name, list(p.shape)) for name, p in model.named_parameters()] for model in models]
+    few = [rows[i]["input_ids"].tolist() for i in range(min(4, len(rows)))]
+    return fingerprint(chosen, shapes, len(rows), few)
+
+
+def _resume_from(checkpoints: Path, run: str, resume: bool) -> Path | None:
+    checkpoint = newest(checkpoints, run) if resume else None
+    clear(checkpoints, keep=checkpoint)
+    return checkpoint
+
+
+@contextmanager
+def _folder(run_dir: str | Path | None) -> Iterator[Path]:
+    """The run folder, or one that is gone afterwards."""
+    if run_dir is None:
+        with tempfile.TemporaryDirectory(prefix="nestling-") as temporary:
+            yield Path(temporary)
+    else:
+        try:
+            Path(run_dir, CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"the run folder '{run_dir}' cannot be made ({error.strerror}): name another"
+            ) from error
+        yield Path(run_dir)
+
+
+@contextmanager
+def _at_work(learner: Learner) -> Iterator[None]:
+    """Teacher in eval mode, student trainable with weights of at least float32; both as before at the end."""
+    student, teacher = learner.student, learner.teacher
+    dtype, training = student.dtype, teacher is not None and teacher.training
+    if teacher is not None:
+        teacher.eval()
+    student.requires_grad_(True)
+    _move(student, torch.promote_types(dtype, torch.float32))
+    try:
+        yield
+    finally:
+        if teacher is not None:
+            teacher.train(training)
+        _move(student, dtype)
+        learner.zero_grad(set_to_none=True)
+        student.eval()
+
+
+def _move(model: nn.Module, where: torch.device | torch.dtype) -> None:
+    model.to(where)
+
+
+@contextmanager
+def _recomputing(student: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    """Let the student's layers drop their activations and compute them again for the backward pass."""
+    if not wanted:
+        yield
+        return
+    names = ("activation_checkpointing", "gradient_checkpointing")  # the latter before transformers 5.22
+    name = next(name for name in names if hasattr(student, f"{name}_enable"))
+    getattr(student, f"{name}_enable")()
+    try:
+        yield
+    finally:
+        getattr(student, f"{name}_disable")()

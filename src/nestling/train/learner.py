@@ -1,0 +1,99 @@
+"""`Learner`: what a method hands to the training loop, a model and the loss of a batch.
+
+A method (distillation, elastic families, DMC, experts, pretraining) subclasses it and writes `forward`; data order,
+optimizer, checkpoints, resuming, metrics and progress are the loop's (`nestling.train.fit`). Being one module, it is
+wrapped, sharded and moved as a whole by accelerate (DDP, FSDP). A teacher is held, not owned: it is in no optimizer,
+checkpoint or gradient reduction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nestling.anatomy import decoder, logits_head
+from nestling.train.losses import Head, LogitLosses, Objective, logit_losses
+
+
+class Learner(nn.Module):
+    """A model that learns, and maybe one that teaches.
+
+    student: trained, and what a checkpoint's folder holds as `save_pretrained` writes it. Other submodules and buffers
+    of a learner (routers, projections, dual variables) are trained and checkpointed beside it. teacher: called without
+    gradients, in its own dtype. rates: for parameters whose name in the learner begins so, a multiple of the
+    learning rate.
+    """
+
+    accepts_loss_kwargs = True  # `Trainer` passes num_items_in_batch, and does not divide by accumulation steps
+    rates: Mapping[str, float] = {}
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None = None):
+        super().__init__()
+        self.student = student
+        self._teacher = (teacher,)  # in a tuple, so that it is no submodule
+        self._heads = (logits_head(student), logits_head(teacher) if teacher is not None else None)
+        self._no_split_modules = student._no_split_modules  # where FSDP cuts
+
+    @property
+    def teacher(self) -> PreTrainedModel | None:
+        return self._teacher[0]
+
+    def begin(self, step: int, steps: int) -> None:
+        """Called before each optimizer step, numbered from 0: the place for schedules and for noise of (seed, step)."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+    ) -> dict[str, Tensor]:
+        """The scalar `loss`, and detached scalars by name for the log, all means over real tokens.
+
+        input_ids, attention_mask: `[batch, seq]`. labels: the token after each position `[batch, seq]`, -100 where it
+        does not count. num_items_in_batch: real tokens of the whole accumulated batch; of this one unless given.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def teach(self, inputs: Mapping[str, Any]) -> Tensor:
+        """The teacher's last hidden states `[batch, seq, hidden]`."""
+        assert self.teacher is not None, "this learner has no teacher"
+        with own_dtype(inputs["input_ids"]):
+            return decoder(self.teacher)(**inputs).last_hidden_state
+
+    def logit_losses(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        objective: Objective,
+        taught: Tensor | None = None,
+        count: Tensor | float | None = None,
+    ) -> LogitLosses:
+        """The losses of the student's last hidden states `[batch, seq, hidden]`, in chunks of tokens.
+
+        taught: the teacher's; without them only cross-entropy can be asked for. count: what sums are divided by.
+        """
+        head = Head(self._heads[0], tuple(self.student.get_output_embeddings().parameters()))
+        return logit_losses(hidden, head, taught, self._teacher_head, labels, objective, count=count)
+
+    def _teacher_head(self, hidden: Tensor) -> Tensor:
+        assert self._heads[1] is not None, "this learner has no teacher"
+        with own_dtype(hidden):
+            return self._heads[1](hidden)
+
+
+def model_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
+    """What a backbone is called with; a mask that masks nothing is left out, since attention is faster without."""
+    if attention_mask is not None and attention_mask.all():
+        attention_mask = None
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+
+
+def own_dtype(tensor: Tensor) -> torch.autocast:
+    """A context in which a model computes in the dtype of its weights, mixed precision or not."""
+    return torch.autocast(tensor.device.type, enabled=False)
