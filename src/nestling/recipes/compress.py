@@ -173,7 +173,7 @@ class _Job:
             "child": lambda: child,
         }
         scores = {
-            name: self.run.values(f"evaluation-{name}.json", partial(self._scores, model))
+            name: self.run.values(f"evaluation-{name}.json", partial(self._scores, name, model))
             for name, model in models.items()
         }
         pair = {"parent": self.parent, "child": child}
@@ -181,19 +181,21 @@ class _Job:
         samples = self.run.values("samples.json", lambda: [self._sample(prompt, child) for prompt in PROMPTS])
         return {"scores": scores, "speed": speed, "samples": samples}
 
-    def _scores(self, load: Callable[[], PreTrainedModel]) -> dict[str, Any]:
+    def _scores(self, name: str, load: Callable[[], PreTrainedModel]) -> dict[str, Any]:
         settings, model = self.settings, load()
         found = {}
         for spec in dict.fromkeys([settings.data, *listed(settings.evaluate_on)]):
             split = "validation" if spec == settings.data else "all"
-            result = evaluate.perplexity(
-                model,
-                self.tokenizer,
-                spec,
-                context=settings.context,
-                tokens=settings.evaluation_tokens,
-                split=split,
-            )
+            with bar(f"perplexity of the {name}, tokens", settings.evaluation_tokens) as advance:
+                result = evaluate.perplexity(
+                    model,
+                    self.tokenizer,
+                    spec,
+                    context=settings.context,
+                    tokens=settings.evaluation_tokens,
+                    split=split,
+                    progress=advance,
+                )
             found[spec] = {
                 "perplexity": result.value,
                 "loss": result.loss,
