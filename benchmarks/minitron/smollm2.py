@@ -1,9 +1,9 @@
 """SmolLM2-135M pruned and distilled: a plain script (`plain.py`) against Nestling, side by side in one run.
 
-Zero-shot: a quarter and half of the FFN off, 4 and 6 of 30 layers off, from the same calibration text. Distillation: the
-child without a quarter of its FFN, 24 steps of 4 x 256 tokens of the same text. Perplexity on text like the training
-text (its validation part) and on other texts, which are given by path. Rows that are recorded already are not
-computed again, so a long run may be interrupted or split by `--parts` and `--seeds`.
+Zero-shot: a quarter and half of the FFN off, 4 and 6 of 30 layers off, from the same calibration text. Distillation:
+the child without a quarter of its FFN, 24 steps of 4 x 256 tokens of the same text. Perplexity on text like the
+training text (its validation part) and on other texts, which are given by path. Rows that are recorded already are
+not computed again, so a long run may be interrupted or split by `--parts` and `--seeds`.
 
     python benchmarks/minitron/smollm2.py --text A.txt --other B.txt C.txt [--seeds 0 1] [--parts zero-shot distill]
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
+import plain
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -27,7 +28,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 import nestling as nl
-from benchmarks.minitron import plain
 from nestling import data, evaluate
 
 RESULT = Path(__file__).parents[1] / "results/minitron/smollm2.json"
@@ -116,9 +116,7 @@ class Bench:
         return {
             "plain script": by_plain_script,
             "rank, prune": lambda: nl.prune(self.parent, nl.rank(self.parent, batches), shape),
-            "rank, prune, repair": lambda: nl.prune(
-                self.parent, nl.rank(self.parent, batches), shape, repair=batches
-            ),
+            "rank, prune, repair": lambda: nl.prune(self.parent, nl.rank(self.parent, batches), shape, repair=batches),
             "as compress does": by_compress,
         }
 

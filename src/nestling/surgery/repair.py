@@ -97,12 +97,15 @@ class Repair:
         ]
         self._known: dict[int, Moments] = {}
 
-    def measure(self, selections: Iterable[Selection]) -> None:
-        """Measure at once what these cuts will need; `refit` does so for its own cut otherwise."""
+    def measure(self, selections: Iterable[Selection], progress: Callable[[int], None] | None = None) -> None:
+        """Measure at once what these cuts will need; `refit` does so for its own cut otherwise.
+
+        progress: told the tokens of each batch of this pass, instead of the one given to all.
+        """
         needs = {need for selection in selections for need in self._needs(selection)}
         missing = [need for need in needs if not self._has(need)]
         if missing and self._bytes(needs) + self._bytes_known() <= MOMENTS_BYTES:
-            self._add(missing)
+            self._add(missing, progress)
 
     def refit(self, selection: Selection) -> dict[str, Tensor]:
         """The parent's writing matrices with what is lost folded into the columns that stay, ready to be cut."""
@@ -160,8 +163,9 @@ class Repair:
             count += 1
         return needs[:count]
 
-    def _add(self, needs: list[Need]) -> None:
-        for layer, moments in _Watch(self.model, self._readers, needs).run(self.batches, self.progress).items():
+    def _add(self, needs: list[Need], progress: Callable[[int], None] | None = None) -> None:
+        found = _Watch(self.model, self._readers, needs).run(self.batches, progress or self.progress)
+        for layer, moments in found.items():
             self._known.setdefault(layer, moments).added.update(moments.added)
 
 
