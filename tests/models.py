@@ -1,5 +1,9 @@
 """Tiny random models of every declared architecture, with odd sizes, and helpers that all tests share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -21,6 +25,16 @@ COMMON = {
     "tie_word_embeddings": False,
 }
 ODD = {"hidden_size": 80, "head_dim": 12}
+
+MAMBA2 = {"num_heads": 12, "head_dim": 8, "state_size": 6, "n_groups": 2, "chunk_size": 5}
+HYBRID = {
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"],
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 9,
+    "ssm_state_size": 5,
+    "n_groups": 2,
+    "chunk_size": 5,
+}
 
 VARIANTS: dict[str, tuple[str, dict]] = {
     "llama": ("llama", {}),
@@ -50,6 +64,14 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "phi3": ("phi3", {}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}),
     "nemotron": ("nemotron", ODD | {"partial_rotary_factor": 0.5}),
+    "mamba2": ("mamba2", MAMBA2),
+    "mamba2-tied": ("mamba2", MAMBA2 | {"tie_word_embeddings": True, "use_bias": True, "n_groups": 1}),
+    "nemotron_h": ("nemotron_h", HYBRID | {"head_dim": 10}),
+    "nemotron_h-biases": (
+        "nemotron_h",
+        HYBRID
+        | {"head_dim": 12, "use_bias": True, "mlp_bias": True, "attention_bias": True, "tie_word_embeddings": True},
+    ),
 }
 
 
@@ -64,6 +86,16 @@ def tiny(variant: str, seed: int = 0, dtype: torch.dtype = torch.float64, **over
             spread = 0.2 if parameter.dim() == 1 else 0.1 + 1.0 / parameter.shape[-1] ** 0.5
             parameter.add_(torch.randn_like(parameter) * spread)
     return model
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Within this context what models compute in float32 whatever their dtype (norms, state-space scans) is float64."""
+    with (
+        mock.patch.object(torch, "float32", torch.float64),
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+    ):
+        yield
 
 
 def token_batches(count: int = 3, batch: int = 2, seq: int = 12, seed: int = 1) -> list[dict[str, torch.Tensor]]:
@@ -83,14 +115,37 @@ def random_ranking(model: PreTrainedModel, seed: int = 0) -> Ranking:
     anatomy, generator = Anatomy.of(model), torch.Generator().manual_seed(seed)
     scores = {}
     for field, axis in anatomy.axes.items():
-        layers = [torch.rand(anatomy.units(axis, i), generator=generator) for i in range(anatomy.num_layers)]
+        counts = [
+            anatomy.units(axis, i) if axis.scope == "model" or anatomy.has(axis, i) else 0
+            for i in range(anatomy.num_layers)
+        ]
+        layers = [torch.rand(count, generator=generator) for count in counts]
         scores[field] = layers[0] if axis.scope == "model" else tuple(layers)
     scores[anatomy.depth_field] = torch.rand(anatomy.num_layers, generator=generator)
     return Ranking(scores)
 
 
+MAMBA_CUTS = (
+    {"mamba_num_heads": 4, "mamba_head_dim": 7, "ssm_state_size": 3},
+    {"mamba_num_heads": 2, "mamba_head_dim": 4, "ssm_state_size": 4},
+)
+
+
 def cuts(variant: str) -> list[dict]:
-    """Shapes that every tiny model can take: each axis alone, one size per layer, and all at once."""
+    """Shapes that a tiny model can take: each axis alone, one size per layer, and all at once."""
+    if variant.startswith("mamba2"):  # heads times channels stay a multiple of the hidden size
+        return [
+            {"num_heads": 6},
+            {"hidden_size": 32},
+            {"head_dim": 4},
+            {"state_size": 4},
+            {"num_hidden_layers": 3},
+            {"state_size": [6, 5, 4, 3]},
+            {"num_hidden_layers": 3, "state_size": [3, 5, 4], "hidden_size": 32, "num_heads": 8, "head_dim": 4},
+            {"num_hidden_layers": 2, "state_size": 5, "hidden_size": 24, "num_heads": 6},
+        ]
+    mamba = variant.startswith("nemotron_h")
+    some, few = (MAMBA_CUTS[i] if mamba else {} for i in (0, 1))
     heads = {"num_attention_heads": 4} | ({"num_key_value_heads": 4} if variant == "llama-mha" else {})
     return [
         {"intermediate_size": 30},
@@ -99,6 +154,7 @@ def cuts(variant: str) -> list[dict]:
         {"num_key_value_heads": 1},
         {"num_hidden_layers": 3},
         {"intermediate_size": [44, 30, 17, 8]},
-        {"num_hidden_layers": 3, "intermediate_size": [10, 20, 30], "hidden_size": 36} | heads,
-        {"num_hidden_layers": 2, "intermediate_size": 12, "hidden_size": 24, "num_key_value_heads": 1},
+        {"num_hidden_layers": 3, "intermediate_size": [10, 20, 30], "hidden_size": 36} | heads | some,
+        {"num_hidden_layers": 2, "intermediate_size": 12, "hidden_size": 24, "num_key_value_heads": 1} | few,
+        *({field: size} for field, size in some.items()),
     ]

@@ -135,6 +135,10 @@ def child_config(anatomy: Anatomy, form: Form) -> PreTrainedConfig:
     for field, values in form.values.items():
         setattr(config, field, max(values))
     _cut_depth(anatomy, config, form)
+    for field, derive in anatomy.architecture.derived.items():
+        value = derive(config)
+        if value is not None:
+            setattr(config, field, value)
     for letter, source in anatomy.architecture.sizes.items():
         written = anatomy.architecture.explicit.get(letter)
         if written and callable(source) and source(config) != anatomy.sizes(None)[letter]:
@@ -161,6 +165,10 @@ def _cut_depth(anatomy: Anatomy, config: PreTrainedConfig, form: Form) -> None:
         values = getattr(config, field, None)
         if values is not None:
             setattr(config, field, [values[layer] for layer in form.layers])
+    for field in anatomy.architecture.layer_numbers:
+        numbers = getattr(config, field, None)
+        if numbers is not None:
+            setattr(config, field, [new for new, layer in enumerate(form.layers) if layer in numbers])
     for field in anatomy.architecture.layer_thresholds:
         limit = getattr(config, field, None)
         if limit is not None:

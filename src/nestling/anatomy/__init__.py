@@ -1,7 +1,7 @@
 """What models are made of: the notation, the declarations, and what is derived from them for one model."""
 
 import nestling.anatomy.architectures  # noqa: F401  registers every architecture
-from nestling.anatomy.anatomy import Anatomy, TensorSpec
+from nestling.anatomy.anatomy import Anatomy, Place, TensorSpec
 from nestling.anatomy.declare import ARCHITECTURES, Architecture, Axis, Rescale, architecture_of, register
 from nestling.anatomy.head import decoder, logits_head
 from nestling.anatomy.per_layer import register_per_layer
@@ -13,6 +13,7 @@ __all__ = [
     "Anatomy",
     "Architecture",
     "Axis",
+    "Place",
     "Rescale",
     "TensorSpec",
     "architecture_of",

@@ -8,15 +8,18 @@ is ever cut by guess.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from nestling.anatomy.bypass import bypassed
 from nestling.anatomy.declare import Architecture, Axis, architecture_of
 from nestling.anatomy.notation import Layout, parse
 from nestling.errors import ShapeError, UnsupportedArchitecture
@@ -41,6 +44,14 @@ class TensorSpec:
         return frozenset().union(*(dimension.letters for dimension in self.layout))
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where an axis is scored: at the input of the module that owns a tensor, or at a part of that module's output."""
+
+    tensor: str
+    part: int | None = None
+
+
 class Anatomy:
     """What a model is made of.
 
@@ -48,11 +59,13 @@ class Anatomy:
     num_layers: decoder layers. tied: whether output and input embeddings are one tensor.
     """
 
-    def __init__(self, architecture: Architecture, config: PreTrainedConfig, shapes: dict[str, tuple[int, ...]]):
+    def __init__(
+        self, architecture: Architecture, config: PreTrainedConfig, shapes: dict[str, tuple[int, ...]], tied: bool
+    ):
         self.architecture = architecture
         self.config = config
         self.num_layers: int = getattr(config, architecture.depth_field)
-        self.tied: bool = bool(getattr(config, "tie_word_embeddings", False))
+        self.tied = tied
         self._sizes = [self._letter_sizes(layer) for layer in range(self.num_layers)]
         self.tensors = {spec.name: spec for spec in self._present(shapes)}
         self._check(shapes)
@@ -68,7 +81,9 @@ class Anatomy:
         if not isinstance(model, PreTrainedModel):
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
-        return cls(architecture, config, {name: tuple(t.shape) for name, t in model.state_dict().items()})
+        # A config may ask for tied embeddings of a model that does not tie them (Nemotron-H): the model decides.
+        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        return cls(architecture, config, {name: tuple(t.shape) for name, t in model.state_dict().items()}, tied)
 
     # ---- axes and sizes
 
@@ -113,6 +128,19 @@ class Anatomy:
         """Whether a layer has that axis at all."""
         return axis.letter in self._letters_in[layer]
 
+    def by_importance(self, order: Iterable[int]) -> list[int]:
+        """Layers, most important first, with one of every block that must not die out (see `keeps`) at the front."""
+        order = list(order)
+        first = [next((i for i in order if block in self.blocks(i)), None) for block in self.architecture.keeps]
+        return [*(i for i in dict.fromkeys(first) if i is not None), *(i for i in order if i not in first)]
+
+    def blocks(self, layer: int) -> tuple[str, ...]:
+        """The named groups of tensors that a layer is made of."""
+        architecture = self.architecture
+        return (
+            architecture.layer_blocks(self.config, layer) if architecture.layer_blocks else tuple(architecture.blocks)
+        )
+
     @cached_property
     def _letters_in(self) -> list[frozenset[str]]:
         letters: list[set[str]] = [set() for _ in range(self.num_layers)]
@@ -130,12 +158,23 @@ class Anatomy:
         """The list of decoder layers of a model of this anatomy."""
         return model.get_submodule(self.architecture.layers)  # type: ignore[return-value]
 
-    def places(self, axis: Axis, layer: int) -> Iterator[str]:
+    def readers(self, axis: Axis, layer: int) -> Iterator[str]:
         """Tensors of the modules that read an axis in a layer; the axis is their last dimension."""
-        for module in axis.scored_at:
+        return (place.tensor for place in self.places(axis, layer) if place.part is None)
+
+    def places(self, axis: Axis, layer: int, at: str | None = None) -> Iterator[Place]:
+        """Where an axis is scored in a layer. at: the name of another choice of places, if the axis has such."""
+        for text in axis.also_at[at] if at else axis.scored_at:
+            module, part = re.fullmatch(r"([^\[]+)(?:\[(\d+)\])?", text).groups()  # type: ignore[union-attr]
             name = f"{self.layer_path(layer)}.{module}.weight"
             if name in self.tensors:
-                yield name
+                yield Place(name, None if part is None else int(part))
+
+    def bypassed(
+        self, layer: nn.Module, substitute: Callable[[Tensor], Tensor] | None = None
+    ) -> AbstractContextManager[None]:
+        """As `nestling.anatomy.bypass.bypassed`, for a layer of this anatomy; it returns what its like return."""
+        return bypassed(layer, substitute or (lambda hidden: hidden), as_tuple=self.architecture.layer_tuples)
 
     # ---- construction
 
@@ -172,8 +211,7 @@ class Anatomy:
         for name, spec in architecture.tensors.items():
             yield name, spec, None, None
         for layer in range(self.num_layers):
-            blocks = architecture.layer_blocks(self.config, layer) if architecture.layer_blocks else architecture.blocks
-            for block in blocks:
+            for block in self.blocks(layer):
                 for name, spec in architecture.blocks[block].items():
                     yield f"{self.layer_path(layer)}.{name}", spec, layer, block
 

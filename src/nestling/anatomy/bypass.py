@@ -11,14 +11,17 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def bypassed(layer: nn.Module, substitute: Callable[[Tensor], Tensor] = lambda hidden: hidden) -> Iterator[None]:
+def bypassed(
+    layer: nn.Module, substitute: Callable[[Tensor], Tensor] = lambda hidden: hidden, as_tuple: bool = False
+) -> Iterator[None]:
     """Within this context the layer is not computed: it returns `substitute(hidden)`, its input unless given.
 
-    hidden: `[batch, seq, hidden]`.
+    hidden: `[batch, seq, hidden]`. as_tuple: the layer returns its hidden state in a tuple (`Anatomy.bypassed` knows).
     """
 
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        return substitute(args[0] if args else kwargs["hidden_states"])
+    def forward(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+        hidden = substitute(args[0] if args else kwargs["hidden_states"])
+        return (hidden, None) if as_tuple else hidden
 
     layer.__dict__["forward"] = forward
     try:

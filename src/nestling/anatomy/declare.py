@@ -28,9 +28,12 @@ class Axis:
     counts_all: whether `field` counts the units of all outer units together (attention heads of all KV groups)
         or of one of them.
     active: config field that says how many of the units one token uses; all of them unless given.
-    scored_at: modules of a layer whose input is the axis's activation and whose weight's last dimension it is; the
-        scores at several of them are added up.
+    scored_at: modules of a layer whose input is the axis's activation and whose weight's last dimension it is; or, as
+        `mixer.in_proj[1]`, modules that write it as a part of their output, parts numbered as in the weight's first
+        dimension. combine: what becomes of the scores at several of them, their `sum` or their `product`.
+    also_at: other places to score it at, by a short name, for comparisons (see `nestling.ranking.rank`).
     metric: what its units are scored by unless the caller says otherwise (see `nestling.ranking.metrics`).
+    merges: whether a unit that stays may take up one that goes (see `nestling.surgery.merge`).
     """
 
     letter: str
@@ -40,7 +43,10 @@ class Axis:
     counts_all: bool = True
     active: str | None = None
     scored_at: tuple[str, ...] = ()
+    combine: Literal["sum", "product"] = "sum"
+    also_at: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
     metric: str = "contribution"
+    merges: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,9 +78,14 @@ class Architecture:
     kv_cache: what one token adds to the KV cache of a layer that has the block named, as products of letters.
     attends: per block with attention, the product of letters that is one query's width over all heads.
     state: what a sequence keeps in a layer that has the block named, however long it is, as products of letters.
+    inner_norms: RMS norms that a mixer may apply inside its own kernel, maybe group by group; where units are cut,
+        every group loses the same part of them.
     tied: the output matrix, which is the input embedding where the config ties them. lookup: the input embedding.
     per_layer_fields: config fields with one value per layer, cut along with the layers.
-    layer_thresholds: config fields that hold a layer number.
+    layer_numbers: config fields that list the numbers of some layers. layer_thresholds: those that hold one number.
+    keeps: blocks of which one layer always stays: where the others are removed, the model cannot use its cache.
+    layer_tuples: whether a layer returns a tuple whose first item is its hidden state.
+    derived: config fields that follow from the sizes, with the function that gives them; None leaves a field alone.
     logits_divisor, logits_softcap: config fields by which logits are divided, and tanh-capped.
     rescale: corrections that keep the function when an axis shrinks.
     depth_field: config field that holds the number of layers.
@@ -91,10 +102,15 @@ class Architecture:
     kv_cache: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     attends: Mapping[str, str] = field(default_factory=dict)
     state: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    inner_norms: tuple[str, ...] = ()
     tied: str = "lm_head.weight"
     lookup: str = "model.embed_tokens.weight"
     per_layer_fields: tuple[str, ...] = ("layer_types",)
+    layer_numbers: tuple[str, ...] = ()
     layer_thresholds: tuple[str, ...] = ()
+    keeps: tuple[str, ...] = ()
+    layer_tuples: bool = False
+    derived: Mapping[str, Callable[[Config], int | None]] = field(default_factory=dict)
     logits_divisor: str | None = None
     logits_softcap: str | None = None
     rescale: tuple[Rescale, ...] = ()

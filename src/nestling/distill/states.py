@@ -132,5 +132,5 @@ def balance(logits_loss: Tensor, states: Tensor) -> Tensor:
 
 def _reader(model: PreTrainedModel, anatomy: Anatomy, layer: int, which: int) -> nn.Module:
     residual = next(axis for axis in anatomy.axes.values() if axis.scope == "model")
-    found = [anatomy.tensors[name].module for name in anatomy.places(residual, layer)]
+    found = [anatomy.tensors[name].module for name in anatomy.readers(residual, layer)]
     return model.get_submodule(found[which])

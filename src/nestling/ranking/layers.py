@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nestling.anatomy import Anatomy, decoder, logits_head
-from nestling.anatomy.bypass import bypassed, evaluating
+from nestling.anatomy.bypass import evaluating
 from nestling.errors import NestlingError
 from nestling.ranking.sweep import Batch
 
@@ -119,8 +119,8 @@ def _damages(
     for layer in candidates:
         with ExitStack() as stack:
             for other in gone | set(range(layer)):
-                stack.enter_context(bypassed(layers[other]))
-            stack.enter_context(bypassed(layers[layer], _always(streams[layer])))
+                stack.enter_context(anatomy.bypassed(layers[other]))
+            stack.enter_context(anatomy.bypassed(layers[layer], _always(streams[layer])))
             cut = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
         result.append(measure(cut).double().cpu())
         if progress is not None:
@@ -135,7 +135,7 @@ def _streams(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, gone: set[in
         for index, layer in enumerate(anatomy.layers(model)):
             stack.callback(layer.register_forward_pre_hook(_store(streams), with_kwargs=True).remove)
             if index in gone:
-                stack.enter_context(bypassed(layer))
+                stack.enter_context(anatomy.bypassed(layer))
         decoder(model)(input_ids=ids, use_cache=False)
     return streams
 

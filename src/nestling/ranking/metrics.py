@@ -18,10 +18,11 @@ from nestling.errors import NestlingError
 
 @dataclass(frozen=True)
 class Reading:
-    """What a metric sees of one call of the module that reads an axis.
+    """What a metric sees of one call of the module that reads an axis, or of one that writes it.
 
     activation: the module's input by units, `[batch, seq, units, inside]` (inside: channels of a head, 1 for neurons).
     output: what the module returned, `[batch, seq, out]`. weight: its weight by units, `[out, units, inside]`.
+    At a module that writes the axis, activation is the axis's part of the output and weight is `[in, units, inside]`.
     """
 
     activation: Tensor
@@ -31,11 +32,15 @@ class Reading:
 
 @dataclass(frozen=True)
 class Metric:
-    """A magnitude per token and unit, and the aggregation it is meant for (batch, sequence)."""
+    """A magnitude per token and unit, and the aggregation it is meant for (batch, sequence).
+
+    at: another choice of places to read the axis at, by the name its declaration gives it.
+    """
 
     magnitude: Callable[[Reading], Tensor]
     over_batch: str
     over_sequence: str
+    at: str | None = None
 
 
 METRICS: dict[str, Metric] = {}

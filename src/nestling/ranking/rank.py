@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nestling.anatomy import Anatomy
+from nestling.anatomy import Anatomy, Axis
 from nestling.errors import NestlingError
 from nestling.ranking.layers import DAMAGES, greedy, leave_one_out
 from nestling.ranking.metrics import Metric, find_metric
@@ -36,7 +36,8 @@ def rank(
 
     batches: iterable of `{"input_ids": LongTensor[batch, seq], ...}`; an `attention_mask` leaves padding out.
     metric: importance of width units, `contribution`, `relative` or `activation` (Minitron's) or one registered with
-        `nestling.ranking.metric`; or a mapping from axis to metric; what the axis declares unless given.
+        `nestling.ranking.metric`; or a mapping from axis to metric; what the axis declares unless given. A name such as
+        `activation@x` reads the axis at another place that its architecture names (`x`, `z` of Mamba-2).
     over_batch, over_sequence: aggregation `mean`, `l2` or `var`; the metric's own unless given.
     layers: `block_influence` (in the same sweep), or `perplexity`, `kl`, `output_error` when each is left out in turn.
     greedy_layers: remove this many layers one after another, scoring anew each time (not for block influence).
@@ -51,7 +52,9 @@ def rank(
     names = {axis.field: axis.metric for axis in anatomy.axes.values()} | {
         anatomy.axis(f).field: chosen[f] for f in chosen
     }
-    metrics = {field: _aggregated(find_metric(name), over_batch, over_sequence) for field, name in names.items()}
+    metrics = {
+        field: _aggregated(anatomy.axis(field), name, over_batch, over_sequence) for field, name in names.items()
+    }
     if layers != "block_influence":
         batches = list(batches)
     measured = sweep(model, batches, metrics, progress)
@@ -67,8 +70,14 @@ def rank(
     return Ranking(scores, info)
 
 
-def _aggregated(metric: Metric, over_batch: str | None, over_sequence: str | None) -> Metric:
-    return Metric(metric.magnitude, over_batch or metric.over_batch, over_sequence or metric.over_sequence)
+def _aggregated(axis: Axis, text: str, over_batch: str | None, over_sequence: str | None) -> Metric:
+    """The metric that a text such as `activation` or `activation@x` names for an axis."""
+    name, _, at = text.partition("@")
+    if at and at not in axis.also_at:
+        places = ", ".join(axis.also_at) or "none"
+        raise NestlingError(f"'{text}': {axis.field} cannot be read at '{at}' (places with a name: {places})")
+    metric = find_metric(name)
+    return Metric(metric.magnitude, over_batch or metric.over_batch, over_sequence or metric.over_sequence, at or None)
 
 
 def _combined(anatomy: Anatomy, field: str, measured: Measured) -> Scores:

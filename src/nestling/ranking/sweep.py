@@ -1,8 +1,8 @@
 """One sweep over calibration data that scores every unit of every axis, through hooks on the untouched model.
 
-Where an axis is read is declared with it; what belongs to a unit follows from the layout of the tensor read there.
-What is measured of a unit is up to the metric of its axis. The
-same sweep compares every layer's input and output (block influence). Paper: Minitron, arXiv 2407.14679, section 2.2.
+Where an axis is read is declared with it, at the input of a module or at a part of its output; what belongs to a unit
+follows from the layout of the tensor there. What is measured of a unit is up to the metric of its axis. The same sweep
+compares every layer's input and output (block influence). Paper: Minitron, arXiv 2407.14679, section 2.2.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nestling.anatomy import Anatomy, Axis, decoder
+from nestling.anatomy import Anatomy, Axis, Place, decoder
 from nestling.anatomy.bypass import evaluating
+from nestling.anatomy.notation import Dimension, Sizes
 from nestling.errors import DataError
 from nestling.ranking.aggregate import Aggregate
 from nestling.ranking.metrics import Metric, Reading
@@ -30,7 +31,7 @@ Batch = Mapping[str, Tensor]
 class Measured:
     """What a sweep saw.
 
-    units: axis field -> per layer `[units]`, the aggregated magnitude, summed over the places where the axis is read.
+    units: axis field -> per layer `[units]`, the aggregated magnitude, combined over the places where it is read.
     influence: block influence of each layer `[num_layers]`. tokens: how many were seen, padding left out.
     """
 
@@ -75,10 +76,10 @@ class _Watch:
         self.tokens = 0
         self._mask: Tensor | None = None
         self._units = {
-            (axis, layer, name): Aggregate(metric.over_batch, metric.over_sequence)
+            (axis, layer, place): Aggregate(metric.over_batch, metric.over_sequence)
             for axis, metric in metrics.items()
             for layer in range(anatomy.num_layers)
-            for name in anatomy.places(anatomy.axis(axis), layer)
+            for place in anatomy.places(anatomy.axis(axis), layer, metric.at)
         }
         self._similarity = [torch.zeros((), dtype=torch.float64) for _ in range(anatomy.num_layers)]
         self._seen = 0
@@ -96,31 +97,35 @@ class _Watch:
     @contextmanager
     def on(self, model: PreTrainedModel) -> Iterator[None]:
         with ExitStack() as hooks:
-            for name, axes in self._readings().items():
-                module = model.get_submodule(self.anatomy.tensors[name].module)
-                hooks.callback(module.register_forward_hook(self._record(name, axes)).remove)
+            for place, axes in self._readings().items():
+                module = model.get_submodule(self.anatomy.tensors[place.tensor].module)
+                hooks.callback(module.register_forward_hook(self._record(place, axes)).remove)
             for layer, module in enumerate(self.anatomy.layers(model)):
                 hooks.callback(module.register_forward_hook(self._compare(layer), with_kwargs=True).remove)
             yield
 
-    def _readings(self) -> dict[str, list[Axis]]:
-        """Tensor name -> the axes that are read at its module."""
-        readings: dict[str, list[Axis]] = {}
-        for axis, _, name in self._units:
-            readings.setdefault(name, []).append(self.anatomy.axis(axis))
+    def _readings(self) -> dict[Place, list[Axis]]:
+        """Place -> the axes that are read there."""
+        readings: dict[Place, list[Axis]] = {}
+        for axis, _, place in self._units:
+            readings.setdefault(place, []).append(self.anatomy.axis(axis))
         return readings
 
-    def _record(self, name: str, axes: list[Axis]) -> Callable[..., None]:
-        spec = self.anatomy.tensors[name]
+    def _record(self, place: Place, axes: list[Axis]) -> Callable[..., None]:
+        spec = self.anatomy.tensors[place.tensor]
         layer, sizes = spec.layer or 0, self.anatomy.sizes(spec.layer)
-        views = [spec.layout[-1].unit_view((*axis.within, axis.letter), sizes) for axis in axes]
+        read, written = spec.layout[-1], slice(None)
+        if place.part is not None:
+            read, written = _part(spec.layout[0], place.part, sizes)
+        views = [read.unit_view((*axis.within, axis.letter), sizes) for axis in axes]
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            weight = cast(Tensor, module.weight)
+            values, weight = (args[0], weight) if place.part is None else (output[..., written], weight[written].T)
             for axis, (view, inside) in zip(axes, views, strict=True):
-                weight = by_units(cast(Tensor, module.weight), view, inside)
-                reading = Reading(by_units(args[0], view, inside), output, weight)
+                reading = Reading(by_units(values, view, inside), output, by_units(weight, view, inside))
                 magnitude = self.metrics[axis.field].magnitude(reading)
-                self._units[axis.field, layer, name].add(magnitude, self._mask)
+                self._units[axis.field, layer, place].add(magnitude, self._mask)
 
         return hook
 
@@ -135,16 +140,25 @@ class _Watch:
         return hook
 
     def unit_scores(self) -> dict[str, list[Tensor]]:
-        """Axis field -> for each layer the sum of its places' scores (empty where the layer is not read)."""
+        """Axis field -> for each layer the sum or product of its places' scores (empty where it is not read)."""
         scores = {field: [torch.zeros(0)] * self.anatomy.num_layers for field in self.metrics}
         for (axis, layer, _), aggregate in self._units.items():
-            before = scores[axis][layer]
-            scores[axis][layer] = aggregate.score() + (before if len(before) else 0)
+            before, found = scores[axis][layer], aggregate.score()
+            if len(before):
+                found = found * before if self.anatomy.axis(axis).combine == "product" else found + before
+            scores[axis][layer] = found
         return scores
 
     def influence(self) -> Tensor:
         """Block influence, 1 - E[cos(input, output)] `[num_layers]` (ShortGPT, arXiv 2403.03853)."""
         return 1 - torch.stack(self._similarity) / max(1, self._seen)
+
+
+def _part(dimension: Dimension, number: int, sizes: Sizes) -> tuple[Dimension, slice]:
+    """One product of a sum of products, and the elements that are its own."""
+    lengths = [Dimension((part,)).size(sizes) for part in dimension.parts]
+    start = sum(lengths[:number])
+    return Dimension((dimension.parts[number],)), slice(start, start + lengths[number])
 
 
 def by_units(tensor: Tensor, view: tuple[int, ...], inside: tuple[int, ...]) -> Tensor:

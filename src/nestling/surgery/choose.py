@@ -58,10 +58,13 @@ def choose(anatomy: Anatomy, ranking: Ranking, shape: Mapping[str, Any], ascendi
 
 
 def kept_layers(anatomy: Anatomy, ranking: Ranking, count: Any) -> list[int] | None:
-    """The `count` most important layers, ascending; None leaves a senseless count to `fit`."""
+    """The `count` most important layers, ascending; None leaves a senseless count to `fit`.
+
+    Among them is always one of each kind that the architecture cannot do without (`Architecture.keeps`).
+    """
     if not isinstance(count, int) or not 1 <= count <= anatomy.num_layers:
         return None
-    return sorted(ranking.order(anatomy.depth_field)[:count].tolist())
+    return sorted(anatomy.by_importance(ranking.order(anatomy.depth_field).tolist())[:count])
 
 
 def prefix_ranking(anatomy: Anatomy, depth: Tensor | None = None) -> Ranking:

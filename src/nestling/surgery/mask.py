@@ -3,7 +3,9 @@
 Every tensor is seen through a zero mask that the anatomy implies, dropped layers return their input, and every norm
 takes its statistics over the kept channels only (zeroed channels would otherwise still count in the mean; see
 arXiv 2504.11409 and the identity RMSNorm_slice(x_k; eps) = sqrt(r) RMSNorm_full(m x; eps r)). Parameters are
-shadowed on their modules while those run, never changed, so gradients reach the parent and are zero outside the slice.
+shadowed on their modules while the layer runs, never changed, so gradients reach the parent and are zero outside the
+slice. For a whole layer, because mixers read the weights of modules that they do not call (a convolution, a norm inside
+a fused kernel); such a norm is corrected by that identity, through its weight and eps, in each of its groups at once.
 """
 
 from __future__ import annotations
@@ -11,18 +13,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import LongTensor, Tensor, nn
 from transformers import PreTrainedModel
 
 from nestling.anatomy import Anatomy, TensorSpec
-from nestling.anatomy.bypass import bypassed
 from nestling.errors import ShapeError
 from nestling.ranking.ranking import Ranking
 from nestling.surgery.choose import Selection, choose, prefix_ranking
 from nestling.surgery.cut import current_ranking, sorted_by
+
+EPS = "variance_epsilon"
+SHADOWED = "_nestling_shadowed_"
 
 
 @contextmanager
@@ -38,10 +42,10 @@ def masked(
     selection = choose(anatomy, _ranking_for(model, anatomy, shape, ranking), shape)
     with ExitStack() as hooks:
         for path, specs in _by_module(anatomy).items():
-            _mask_module(model.get_submodule(path), specs, selection, hooks)
+            _mask_module(model, path, specs, selection, hooks)
         for layer, module in enumerate(anatomy.layers(model)):
             if layer not in selection.form.layers:
-                hooks.enter_context(bypassed(module))
+                hooks.enter_context(anatomy.bypassed(module))
         yield model
 
 
@@ -67,22 +71,28 @@ def _by_module(anatomy: Anatomy) -> dict[str, list[TensorSpec]]:
     return modules
 
 
-def _mask_module(module: nn.Module, specs: list[TensorSpec], selection: Selection, hooks: ExitStack) -> None:
-    layer = specs[0].layer
+def _mask_module(model: nn.Module, path: str, specs: list[TensorSpec], selection: Selection, hooks: ExitStack) -> None:
+    anatomy, layer, module = selection.anatomy, specs[0].layer, model.get_submodule(path)
     if layer is not None and layer not in selection.form.layers:
         return
     indices = {spec.name.rpartition(".")[2]: selection.index(spec) for spec in specs}
     cut = {name: index for name, index in indices.items() if _shortened(index, getattr(module, name))}
     if not cut:
         return
-    if _is_norm(module, specs):
+    inner = layer is not None and path.removeprefix(f"{anatomy.layer_path(layer)}.") in anatomy.architecture.inner_norms
+    if _is_norm(module, specs) and not inner:
         kept = next(iter(cut.values()))[0]
         assert kept is not None
         hooks.callback(module.register_forward_hook(_narrow_norm(kept)).remove)
-    else:
-        masks = {name: _mask(getattr(module, name), index) for name, index in cut.items()}
-        hooks.callback(module.register_forward_pre_hook(_shadow(masks)).remove)
-        hooks.callback(module.register_forward_hook(_unshadow(masks), always_call=True).remove)
+        return
+    views: dict[str, Callable[[Any], Any]] = {
+        name: _times(_mask(getattr(module, name), index)) for name, index in cut.items()
+    }
+    if inner:
+        views = _corrected(module, views, cut["weight"][0])
+    runs = module if layer is None else model.get_submodule(anatomy.layer_path(layer))
+    hooks.callback(runs.register_forward_pre_hook(_shadow(module, views)).remove)
+    hooks.callback(runs.register_forward_hook(_unshadow(module, views), always_call=True).remove)
 
 
 def _shortened(index: tuple[LongTensor | None, ...], tensor: Tensor) -> bool:
@@ -105,18 +115,36 @@ def _mask(tensor: Tensor, index: tuple[LongTensor | None, ...]) -> Tensor:
     return mask
 
 
-def _shadow(masks: dict[str, Tensor]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any) -> None:
-        for name, mask in masks.items():
-            module.__dict__[name] = module.get_parameter(name) * mask
+def _times(factor: Tensor | float) -> Callable[[Any], Any]:
+    return lambda value: value * factor
+
+
+def _corrected(module: nn.Module, views: dict[str, Callable], kept: LongTensor | None) -> dict[str, Callable]:
+    """Weight and eps by which a norm over all channels, those that go at zero, is one over the `kept` ones."""
+    assert kept is not None
+    share = len(kept) / len(cast(Tensor, module.weight))
+    weight = views["weight"]
+    return views | {"weight": lambda value: weight(value) * share**0.5, EPS: _times(share)}
+
+
+def _shadow(module: nn.Module, views: dict[str, Callable]) -> Callable[..., None]:
+    """Hook that puts a view of each attribute in front of it, and `_unshadow` the one that takes it away again."""
+
+    def hook(runs: nn.Module, args: Any) -> None:
+        for name, view in views.items():
+            module.__dict__[SHADOWED + name] = module.__dict__.get(name)
+            module.__dict__[name] = view(getattr(module, name))
 
     return hook
 
 
-def _unshadow(masks: dict[str, Tensor]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        for name in masks:
+def _unshadow(module: nn.Module, views: dict[str, Callable]) -> Callable[..., None]:
+    def hook(runs: nn.Module, args: Any, output: Any) -> None:
+        for name in views:
+            before = module.__dict__.pop(SHADOWED + name, None)
             module.__dict__.pop(name, None)
+            if before is not None:  # a plain attribute; parameters are not in the module's dict
+                module.__dict__[name] = before
 
     return hook
 

@@ -35,7 +35,7 @@ def merge_heads(
         raise NestlingError(f"merge='{merge}' is not known: choose none, {' or '.join(MERGES)}")
     result = {}
     for axis in anatomy.axes.values():
-        if axis.within and axis.field in ranking.scores:
+        if axis.merges and axis.field in ranking.scores:
             for spec in _producers(anatomy, axis, selection.form.layers):
                 result[spec.name] = _merged(weights[spec.name], spec, axis, ranking, selection, MERGES[merge])
     return result

@@ -91,7 +91,7 @@ class Repair:
                 name: model.get_parameter(name).shape
                 for axis in anatomy.axes.values()
                 if axis.scope == "layer"
-                for name in anatomy.places(axis, layer)
+                for name in anatomy.readers(axis, layer)
             }
             for layer in range(anatomy.num_layers)
         ]

@@ -18,7 +18,7 @@ def axes(query: str = "self_attn.q_proj", gate: str = "mlp.gate_proj") -> tuple[
         Axis("hidden", "hidden_size", scope="model", scored_at=(query, gate)),
         Axis("ffn", "intermediate_size", scored_at=("mlp.down_proj",), metric="relative"),
         Axis("kv", "num_key_value_heads", scored_at=("self_attn.o_proj",)),
-        Axis("q", "num_attention_heads", within=("kv",), scored_at=("self_attn.o_proj",)),
+        Axis("q", "num_attention_heads", within=("kv",), scored_at=("self_attn.o_proj",), merges=True),
     )
 
 
