@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from nestling.anatomy import Anatomy
 from nestling.cost import cost
 from nestling.errors import ShapeError
-from nestling.surgery import prune
+from nestling.surgery import choose, prune
 from tests.models import VARIANTS, cuts, random_ranking, tiny
 
 LLAMA_3_1_8B = {
@@ -55,7 +55,8 @@ def test_params_are_those_of_the_pruned_model(variant):
     ranking = random_ranking(model)
     assert cost(model).params == model.num_parameters()
     for shape in (cuts(variant)[5], cuts(variant)[6]):
-        assert cost(model, shape).params == prune(model, ranking, shape).num_parameters()
+        layers = choose(Anatomy.of(model), ranking, shape).form.layers
+        assert cost(model, shape, layers=layers).params == prune(model, ranking, shape).num_parameters()
 
 
 MODELS = {name: tiny(name) for name in ("llama-tied", "llama-biases", "qwen3", "phi3", "nemotron")}

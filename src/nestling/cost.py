@@ -9,7 +9,7 @@ position (scores and values), for one new token after `context` others.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,14 +49,16 @@ def cost(
     context: int = 4096,
     batch: int = 1,
     dtype: torch.dtype | None = None,
+    layers: Sequence[int] | None = None,
 ) -> Cost:
     """The cost of a model, or of a shape cut from it.
 
     shape: None is the model as it is. context: tokens per sequence. batch: sequences. dtype: of weights and cache, the
-    model's own unless given. Raises `ShapeError` when the shape cannot be cut from the model.
+    model's own unless given. layers: those of the model that a shape with fewer keeps, the first ones unless given; it
+    matters where layers differ in kind. Raises `ShapeError` when the shape cannot be cut from the model.
     """
     anatomy = model if isinstance(model, Anatomy) else Anatomy.of(model)
-    return cost_of_form(anatomy, fit(anatomy, shape or {}), context, batch, dtype)
+    return cost_of_form(anatomy, fit(anatomy, shape or {}, layers), context, batch, dtype)
 
 
 def cost_of_form(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from nestling.anatomy import decoder
 from nestling.distill import Pair
 from nestling.distill.states import (
     STATES,
@@ -52,7 +53,7 @@ def test_states_are_what_the_blocks_read():
 def test_every_architecture_has_them(variant):
     model = tiny(variant)
     with catching(readers(model, STATES)) as caught, torch.no_grad():
-        model.model(IDS)
+        decoder(model)(IDS)
     assert {name: state.shape[-1] for name, state in caught.items()} == dict.fromkeys(STATES, model.config.hidden_size)
     assert not any(module._forward_pre_hooks for module in model.modules())
 

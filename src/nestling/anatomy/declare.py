@@ -7,6 +7,7 @@ architecture: pruning, masks, costs and scores are derived from it by `Anatomy`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -44,7 +45,7 @@ class Axis:
     active: str | None = None
     scored_at: tuple[str, ...] = ()
     combine: Literal["sum", "product"] = "sum"
-    also_at: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    also_at: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict, hash=False)
     metric: str = "contribution"
     merges: bool = False
 
