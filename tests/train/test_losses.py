@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from nestling.errors import NestlingError
-from nestling.train.losses import DIVERGENCES, IGNORE, Head, Objective, divergence, logit_losses
+from nestling.train.divergences import DIVERGENCES, divergence, top_k
+from nestling.train.losses import IGNORE, Head, Objective, logit_losses
 
 VOCAB, NARROW, WIDE = 37, 8, 11
 
@@ -45,6 +46,31 @@ class Case:
         )
 
 
+def kl(first, second):
+    return sum(a * (a.log() - b.log()) for a, b in zip(first, second, strict=True))
+
+
+DEFINED = {
+    "forward_kl": kl,
+    "reverse_kl": lambda p, q: kl(q, p),
+    "jensen_shannon": lambda p, q: (kl(p, (p + q) / 2) + kl(q, (p + q) / 2)) / 2,
+    "mse": lambda p, q: sum((a - b) ** 2 for a, b in zip(p, q, strict=True)),
+    "cosine": lambda p, q: 1 - (p @ q) / (p @ p).sqrt() / (q @ q).sqrt(),
+    "logit_mse": lambda p, q: (p.log() - q.log()).var(correction=0),
+}
+
+
+def classes(objective, p, q):
+    """Both distributions over the teacher's likeliest tokens, and a class for the others."""
+    if not 0 < objective.top_k < VOCAB:
+        return p, q
+    likely = sorted(range(VOCAB), key=lambda v: -p[v])
+    kept, others = likely[: objective.top_k], likely[objective.top_k :]
+    if objective.remaining_mass:
+        return tuple(torch.cat([x[kept], x[others].sum()[None]]) for x in (p, q))
+    return tuple(x[kept] / x[kept].sum() for x in (p, q))
+
+
 def reference(case, objective):
     """Token by token, from the definitions."""
     total = torch.zeros((), dtype=torch.float64)
@@ -58,8 +84,7 @@ def reference(case, objective):
             student = case.head(case.hidden[row, place])
             p = torch.softmax(case.teacher_head(case.teacher_hidden[row, place]) / tau, -1)
             q = torch.softmax(student / tau, -1)
-            first, second = (p, q) if objective.divergence == "forward_kl" else (q, p)
-            apart = sum(first[v] * (first[v].log() - second[v].log()) for v in range(VOCAB))
+            apart = DEFINED[objective.divergence](*classes(objective, p, q))
             factor = tau**2 if objective.scale_by_temperature else 1
             total = total + objective.kd_weight * factor * apart
             total = total - objective.ce_weight * torch.softmax(student, -1)[target].log()
@@ -73,11 +98,17 @@ OBJECTIVES = [
     Objective(temperature=0.5, scale_by_temperature=True),
     Objective("reverse_kl", temperature=3.0, kd_weight=0.7, ce_weight=1.5),
     Objective(kd_weight=0.0, ce_weight=1.0),
+    *(Objective(name, temperature=1.7) for name in DEFINED),
+    *(Objective(name, top_k=5, temperature=0.8) for name in DEFINED),
+    *(Objective(name, top_k=5, remaining_mass=False, ce_weight=0.2) for name in DEFINED),
+    Objective(top_k=VOCAB - 1),
+    Objective(top_k=10 * VOCAB),
+    Objective(top_k=VOCAB, remaining_mass=False),
 ]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-@pytest.mark.parametrize("chunk_tokens", [1, 5, 1000, None])
+@pytest.mark.parametrize("chunk_tokens", [1, 5, None])
 def test_equals_the_plain_computation(objective, chunk_tokens):
     case = Case()
     expected = reference(case, objective)
@@ -108,9 +139,44 @@ def test_half_precision_is_summed_in_float32():
     assert (one.weight.grad - many.weight.grad).float().norm() <= 1e-2 * one.weight.grad.float().norm()
 
 
-def test_directions_differ():
+def test_no_two_divergences_are_the_same():
     case = Case()
-    assert abs(case.chunked(Objective()).loss - case.chunked(Objective("reverse_kl")).loss) > 1e-2
+    losses = [case.chunked(Objective(name)).loss.item() for name in DEFINED]
+    losses += [case.chunked(Objective(top_k=5, remaining_mass=rest)).loss.item() for rest in (True, False)]
+    assert len({round(loss, 4) for loss in losses}) == len(losses)
+    assert case.chunked(Objective(top_k=VOCAB)).loss == case.chunked().loss
+
+
+def test_top_k_of_one_certain_token_keeps_the_digits_of_the_rest():
+    """A mass of 1e-12 beside a certain token is not lost in 1 - p, in float32 as in float64."""
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 3] = 30.0
+    kept = top_k(logits.log_softmax(-1), 1)
+    assert kept.indices.item() == 3
+    torch.testing.assert_close(kept.rest.double(), torch.tensor([VOCAB - 1.0]).double().log() - 30, rtol=1e-5, atol=0)
+
+
+def test_a_kept_distribution_is_worth_as_much_as_the_teacher():
+    """`TopK` in the place of hidden states: the same loss and gradients; in float16, the same to its rounding."""
+    case, objective = Case(), Objective(top_k=6, temperature=1.5, ce_weight=0.1)
+    live = case.chunked(objective)
+    gradient = torch.autograd.grad(live.loss, case.hidden)[0]
+    kept = top_k((case.teacher_head(case.teacher_hidden) / 1.5).log_softmax(-1), 6)
+    head = Head(case.head, (case.weight, case.bias))
+    for given, tolerance in ((kept, 1e-12), (kept.map(lambda t: t.half() if t.is_floating_point() else t), 2e-3)):
+        found = logit_losses(case.hidden, head, given, case.teacher_head, case.targets, objective, chunk_tokens=4)
+        torch.testing.assert_close(found.loss, live.loss, rtol=tolerance, atol=tolerance)
+        ours = torch.autograd.grad(found.loss, case.hidden)[0]
+        assert (ours - gradient).norm() <= tolerance * gradient.norm()
+
+
+def test_every_token_is_told():
+    case = Case()
+    found = case.chunked(Objective(ce_weight=0.5), chunk_tokens=4)
+    assert found.tokens.shape == case.targets.shape
+    assert not found.tokens.requires_grad
+    assert (found.tokens[case.targets == IGNORE] == 0).all()
+    torch.testing.assert_close(found.tokens.sum() / (case.targets != IGNORE).sum(), found.divergence)
 
 
 def test_teacher_equal_to_student_gives_nothing():
@@ -124,7 +190,8 @@ def test_teacher_equal_to_student_gives_nothing():
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))
 def test_never_negative(name):
     case = Case()
-    assert all(case.chunked(Objective(name, temperature=tau)).loss > 0 for tau in (0.3, 1.0, 4.0))
+    for how in ({}, {"top_k": 4}, {"top_k": 4, "remaining_mass": False}):
+        assert all(case.chunked(Objective(name, temperature=tau, **how)).loss > 0 for tau in (0.3, 1.0, 4.0))
 
 
 def test_ignored_tokens_contribute_nothing():
@@ -229,7 +296,17 @@ def test_a_registered_divergence_is_used():
         del DIVERGENCES["test_total_variation"]
 
 
-@pytest.mark.parametrize("wrong", [{"divergence": "kl"}, {"temperature": 0.0}, {"kd_weight": 0.0}, {"ce_weight": -1.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"divergence": "kl"},
+        {"temperature": 0.0},
+        {"kd_weight": 0.0},
+        {"ce_weight": -1.0},
+        {"top_k": -1},
+        {"top_k": 1, "remaining_mass": False},
+    ],
+)
 def test_impossible_objectives_are_refused(wrong):
     with pytest.raises(NestlingError, match=next(iter(wrong)).replace("divergence", "loss")):
         Objective(**wrong)

@@ -4,7 +4,7 @@ from nestling.distill.distill import distill
 from nestling.distill.pair import Pair
 from nestling.distill.settings import DistillSettings
 from nestling.distill.states import STATE_LOSSES, STATES, state_loss
-from nestling.train.losses import DIVERGENCES, divergence
+from nestling.train import DIVERGENCES, divergence
 
 __all__ = [
     "DIVERGENCES",

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from nestling.distill.pair import Pair
 from nestling.distill.settings import DistillSettings
+from nestling.distill.states import parse_layer_map
 from nestling.errors import DataError, NestlingError
 from nestling.train import fit
 
@@ -33,7 +34,16 @@ def distill(
     settings = dataclasses.replace(settings or DistillSettings(), **overrides)
     _check(student, teacher)
     set_seed(settings.seed)
-    pair = Pair(student, teacher, settings.objective(), tuple(settings.states), settings.state_loss, settings.seed)
+    pair = Pair(
+        student,
+        teacher,
+        settings.objective(),
+        tuple(settings.states),
+        settings.state_loss,
+        settings.seed,
+        settings.state_weight,
+        parse_layer_map(settings.layer_map),
+    )
     fit(pair, data, tokenizer, settings, run_dir, resume)
     return student
 

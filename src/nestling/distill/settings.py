@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nestling.distill.states import check_states
+from nestling.distill.states import check_states, parse_layer_map
+from nestling.errors import NestlingError
 from nestling.train import Objective, TrainSettings, documented
 
 
@@ -14,14 +15,21 @@ class DistillSettings(TrainSettings):
     """Settings of distillation.
 
     Args:
-        loss: Divergence of the student's from the teacher's distribution: forward_kl or reverse_kl.
+        loss: Divergence of the student's from the teacher's distribution: forward_kl, reverse_kl, jensen_shannon, mse,
+            cosine or logit_mse.
         temperature: Of both softmaxes in that divergence; 1 did best in the paper.
         scale_by_temperature: Multiply the divergence by temperature squared, so that its gradient keeps its size.
         kd_weight: Weight of the divergence.
         ce_weight: Weight of the cross-entropy with the data; 0 did best in the paper.
+        top_k: Compare the teacher's k likeliest tokens only; 0 compares all. The paper finds 100 and fewer worse.
+        remaining_mass: With top_k, the mass of all other tokens is one more class; otherwise the k are renormalized.
         states: Intermediate states to compare too (embedding, output, mlp_input): embedding and output help when many
             layers were cut, none are needed otherwise.
         state_loss: Loss between states: cosine or mse.
+        state_weight: Weight of the states' loss; 0 balances it, for each sequence, to be worth as much as the
+            divergence.
+        layer_map: Layers whose output and mlp_input are compared, TEACHER:STUDENT, counted from 0; the third from the
+            end of each unless given.
     """
 
     loss: str = "forward_kl"
@@ -29,14 +37,29 @@ class DistillSettings(TrainSettings):
     scale_by_temperature: bool = False
     kd_weight: float = 1.0
     ce_weight: float = 0.0
+    top_k: int = 0
+    remaining_mass: bool = True
     states: list[str] = field(default_factory=list)
     state_loss: str = "cosine"
+    state_weight: float = 0.0
+    layer_map: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.objective()
         check_states(self.states, self.state_loss)
+        parse_layer_map(self.layer_map)
+        if self.state_weight < 0:
+            raise NestlingError(f"state_weight {self.state_weight} is not possible: give a number of at least 0")
 
     def objective(self) -> Objective:
         """What is asked of the logits. Raises `NestlingError` for a value that is not possible."""
-        return Objective(self.loss, self.temperature, self.scale_by_temperature, self.kd_weight, self.ce_weight)
+        return Objective(
+            self.loss,
+            self.temperature,
+            self.scale_by_temperature,
+            self.kd_weight,
+            self.ce_weight,
+            self.top_k,
+            self.remaining_mass,
+        )

@@ -3,7 +3,9 @@
 Minitron, arXiv 2407.14679, section 3: L_is = L_emb + L_o + L_i, of the embedding output, a decoder layer's output and
 an MLP's input, all after the norm that follows them; a learned linear map shared by all of them takes the student's
 width to the teacher's and is thrown away after training. One pair of layers is compared, the third from the end
-of each model. L = L_logits + alpha L_is with alpha = L_logits / L_is, no gradient through alpha.
+of each model unless a map says otherwise. L = L_logits + alpha L_is with alpha = L_logits / L_is, no gradient
+through alpha. Here alpha is taken for each sequence: the sequence is never cut, so loss and gradient of a step are the
+same however its batch is split over micro-batches and devices, which one alpha per micro-batch would not give.
 
 A state "after its norm" is what the next block reads, so it is caught at the input of the modules that read the
 residual stream; the anatomy says which those are.
@@ -71,14 +73,32 @@ def check_states(states: Sequence[str], loss: str) -> None:
         raise NestlingError(f"state loss '{loss}' is not known: choose from {', '.join(sorted(STATE_LOSSES))}")
 
 
-def readers(model: PreTrainedModel, states: Sequence[str]) -> dict[str, nn.Module]:
-    """For each state the module whose input it is. Raises `NestlingError` when the model has fewer than two layers."""
+def parse_layer_map(text: str) -> tuple[int, int] | None:
+    """The layers `TEACHER:STUDENT` compared, counted from 0, as in the paper's 29:13; None for an empty text."""
+    if not text:
+        return None
+    parts = [part.strip() for part in text.split(":")]
+    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+        raise NestlingError(f"layer_map '{text}' is not a pair of layers: write TEACHER:STUDENT, as in 29:13")
+    return int(parts[0]), int(parts[1])
+
+
+def readers(model: PreTrainedModel, states: Sequence[str], layer: int | None = None) -> dict[str, nn.Module]:
+    """For each state the module whose input it is, its layer the third from the end unless given.
+
+    Raises `NestlingError` when the model has fewer than two layers, or not the layer after the one given.
+    """
     if not states:
         return {}
     anatomy = Anatomy.of(model)
     if anatomy.num_layers < 2:
         raise NestlingError(f"states {', '.join(states)} need at least 2 layers: leave `states` empty for this model")
-    layer = max(0, anatomy.num_layers - FROM_THE_END)
+    layer = max(0, anatomy.num_layers - FROM_THE_END) if layer is None else layer
+    if not layer < anatomy.num_layers - 1:
+        raise NestlingError(
+            f"layer {layer} of a model with {anatomy.num_layers} layers cannot be compared: its output is read by the "
+            f"layer after it, so name one from 0 to {anatomy.num_layers - 2} in layer_map"
+        )
     places = {"embedding": (0, 0), "output": (layer + 1, 0), "mlp_input": (layer, -1)}
     return {name: _reader(model, anatomy, *places[name]) for name in states}
 
@@ -108,24 +128,23 @@ def states_loss(
     project: nn.Module,
     counted: Tensor,
     loss: str = "cosine",
-    count: Tensor | float | None = None,
 ) -> Tensor:
-    """L_is: for each state the mean over the counted tokens, added up, in float32.
+    """L_is of each sequence `[batch]`: over all states and counted tokens, added up, in at least float32.
 
     student, teacher: states by name `[batch, seq, hidden]`. counted: which tokens are real `[batch, seq]`, bool.
-    count: what sums over tokens are divided by; the number of counted tokens unless given.
     """
     measure = STATE_LOSSES[loss]
-    total = torch.zeros((), device=counted.device)
+    totals: list[Tensor] = []
     for name, state in student.items():
         ours, theirs = project(state[counted]), teacher[name][counted].detach()
         wide = torch.promote_types(ours.dtype, torch.float32)
-        total = total + measure(ours.to(wide), theirs.to(wide)).sum()
-    return total / (count if count is not None else counted.sum().clamp_min(1))
+        each = measure(ours.to(wide), theirs.to(wide))
+        totals.append(each.new_zeros(counted.shape).masked_scatter(counted, each).sum(-1))
+    return torch.stack(totals).sum(0)
 
 
 def balance(logits_loss: Tensor, states: Tensor) -> Tensor:
-    """alpha = L_logits / L_is, detached; 0 where there is no state loss to scale."""
+    """alpha = L_logits / L_is of each sequence `[batch]`, detached; 0 where there is no state loss to scale."""
     logits_loss, states = logits_loss.detach(), states.detach()
     return torch.where(states > 0, logits_loss / states.clamp_min(torch.finfo(states.dtype).tiny), 0.0)
 

@@ -1,16 +1,9 @@
 """What every training job shares: the loop, its losses and settings, rows in a fixed order, whole checkpoints."""
 
+from nestling.train.divergences import DIVERGENCES, TopK, divergence, top_k
 from nestling.train.fit import fit
 from nestling.train.learner import Learner, model_inputs, own_dtype
-from nestling.train.losses import (
-    DIVERGENCES,
-    IGNORE,
-    Head,
-    LogitLosses,
-    Objective,
-    divergence,
-    logit_losses,
-)
+from nestling.train.losses import IGNORE, Head, LogitLosses, Objective, logit_losses
 from nestling.train.rows import Rows, collate, rows_of
 from nestling.train.settings import Split, TrainSettings, documented, split_batch, training_arguments
 from nestling.train.trainer import LearnerTrainer
@@ -25,6 +18,7 @@ __all__ = [
     "Objective",
     "Rows",
     "Split",
+    "TopK",
     "TrainSettings",
     "collate",
     "divergence",
@@ -35,5 +29,6 @@ __all__ = [
     "own_dtype",
     "rows_of",
     "split_batch",
+    "top_k",
     "training_arguments",
 ]
