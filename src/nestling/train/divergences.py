@@ -101,7 +101,7 @@ def top_k(log_probs: Tensor, k: int) -> TopK:
 
 
 def at(log_probs: Tensor, indices: Tensor, with_rest: bool) -> Tensor:
-    """Log-probabilities `[..., vocab]` seen as `TopK.log_distribution` sees the teacher's: of those tokens and a rest."""
+    """Log-probabilities `[..., vocab]` as `TopK.log_distribution` has the teacher's: those tokens, and the rest."""
     kept = log_probs.gather(-1, indices)
     if not with_rest:
         return kept.log_softmax(-1)
