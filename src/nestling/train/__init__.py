@@ -1,5 +1,6 @@
 """What every training job shares: the loop, its losses and settings, rows in a fixed order, whole checkpoints."""
 
+from nestling.train.causal import CausalLM
 from nestling.train.divergences import DIVERGENCES, TopK, divergence, top_k
 from nestling.train.fit import fit
 from nestling.train.learner import Learner, model_inputs, own_dtype
@@ -11,6 +12,7 @@ from nestling.train.trainer import LearnerTrainer
 __all__ = [
     "DIVERGENCES",
     "IGNORE",
+    "CausalLM",
     "Head",
     "Learner",
     "LearnerTrainer",
