@@ -28,6 +28,7 @@ class Cost:
     params, active_params: all weights, and those one token uses. weight_bytes: in the model's dtype.
     kv_bytes, state_bytes: for `batch` sequences of `context` tokens; state is what does not grow with them.
     flops_per_token: for one token after `context` others.
+    latency_ms: for one step of `batch` tokens on this machine, if it was measured (see `nestling.search.latency`).
     """
 
     params: int
@@ -38,9 +39,15 @@ class Cost:
     flops_per_token: int
     context: int
     batch: int
+    latency_ms: float | None = None
 
-    def to_dict(self) -> dict[str, int]:
-        return asdict(self)
+    @property
+    def memory_bytes(self) -> int:
+        """Weights, KV cache and state together."""
+        return self.weight_bytes + self.kv_bytes + self.state_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"memory_bytes": self.memory_bytes}
 
 
 def cost(
@@ -71,17 +78,17 @@ def cost_of_form(
     for spec, sizes in _tensors(anatomy, form):
         tied_copy = anatomy.tied and spec.name == architecture.tied
         count = math.prod(dimension.size(sizes) for dimension in spec.layout)
-        used = count * _share_used(anatomy, spec, sizes)
+        used = count * share_used(anatomy, spec, sizes)
         params += 0 if tied_copy else count
         active += 0 if tied_copy else used
         matmul += used if len(spec.layout) > 1 and spec.name != architecture.lookup else 0
     blocks = list(_blocks(anatomy, form))
-    attended = [(sizes, block, _attended(anatomy, layer, context)) for layer, sizes, block in blocks]
-    kv = sum(length * _products(architecture.kv_cache.get(block, ()), sizes) for sizes, block, length in attended)
+    attended = [(sizes, block, attended_length(anatomy, layer, context)) for layer, sizes, block in blocks]
+    kv = sum(length * products_size(architecture.kv_cache.get(block, ()), sizes) for sizes, block, length in attended)
     attention = sum(
-        length * _products(_one(architecture.attends.get(block)), sizes) for sizes, block, length in attended
+        length * products_size(_one(architecture.attends.get(block)), sizes) for sizes, block, length in attended
     )
-    state = sum(_products(architecture.state.get(block, ()), sizes) for _, sizes, block in blocks)
+    state = sum(products_size(architecture.state.get(block, ()), sizes) for _, sizes, block in blocks)
     return Cost(
         params=params,
         active_params=round(active),
@@ -113,7 +120,7 @@ def _blocks(anatomy: Anatomy, form: Form) -> Iterator[tuple[int, dict[str, int],
             yield layer, sizes, block
 
 
-def _share_used(anatomy: Anatomy, spec: TensorSpec, sizes: Mapping[str, int]) -> float:
+def share_used(anatomy: Anatomy, spec: TensorSpec, sizes: Mapping[str, int]) -> float:
     """The part of a tensor that one token uses: experts are chosen, everything else is used whole."""
     share = 1.0
     for axis in anatomy.axes.values():
@@ -122,7 +129,7 @@ def _share_used(anatomy: Anatomy, spec: TensorSpec, sizes: Mapping[str, int]) ->
     return share
 
 
-def _attended(anatomy: Anatomy, layer: int, context: int) -> int:
+def attended_length(anatomy: Anatomy, layer: int, context: int) -> int:
     """Positions that a layer's attention keeps: all, or a window."""
     config = anatomy.config
     window: int | None = getattr(config, "sliding_window", None)
@@ -132,7 +139,8 @@ def _attended(anatomy: Anatomy, layer: int, context: int) -> int:
     return min(context, window)
 
 
-def _products(products: tuple[str, ...], sizes: Mapping[str, int]) -> int:
+def products_size(products: tuple[str, ...], sizes: Mapping[str, int]) -> int:
+    """The sum of products of letters, such as `kv d` and `kv d`, at these sizes."""
     return sum(parse(f"({product})")[0].size(sizes) for product in products)
 
 

@@ -38,7 +38,7 @@ def naive(model, batches, damage, removed):
             total += (p * (p.log() - log_q)).sum()
         else:
             total += ((hidden - cut_hidden).square().sum(-1) / hidden.square().sum(-1)).sum()
-        tokens += ids.numel()
+        tokens += ids[:, 1:].numel() if damage == "perplexity" else ids.numel()
     return float(total) / tokens
 
 
@@ -61,6 +61,23 @@ def test_layers_that_are_gone_stay_gone(damage):
     assert found[2] == float("inf")
     for layer in (0, 1, 3):
         assert found[layer].item() == pytest.approx(naive(model, batches, damage, [2, layer]), rel=1e-4)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_counts_for_nothing(side, damage):
+    model = tiny("llama")
+    rows = [batch["input_ids"][0] for batch in token_batches(3)]
+    rows = [row[:length] for row, length in zip(rows, (12, 7, 3), strict=True)]
+    padded, mask = torch.zeros(4, 12, dtype=torch.long), torch.zeros(4, 12, dtype=torch.long)  # the last: padding alone
+    for index, row in enumerate(rows):
+        where = slice(12 - len(row), 12) if side == "left" else slice(0, len(row))
+        padded[index, where], mask[index, where] = row, 1
+    found = leave_one_out(model, [{"input_ids": padded, "attention_mask": mask}], damage)
+    expected = leave_one_out(model, [{"input_ids": row[None]} for row in rows], damage)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    unmasked = leave_one_out(model, [{"input_ids": padded}], damage)
+    assert not torch.allclose(unmasked, expected, rtol=1e-2)
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 3])

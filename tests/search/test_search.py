@@ -46,9 +46,9 @@ def test_the_ffn_fills_what_the_others_leave():
     model, budget = tiny("llama"), Budget.parse("0.6x")
     anatomy, parent = Anatomy.of(model), cost(model)
     found = candidates(anatomy, budget)
-    sizes = sorted({shape["intermediate_size"] for shape, _ in found} | {44})
+    sizes = sorted({shape.get("intermediate_size", 44) for shape, _ in found} | {44})
     for shape, _ in found:
-        larger = [size for size in sizes if size > shape["intermediate_size"]]
+        larger = [size for size in sizes if size > shape.get("intermediate_size", 44)]
         if larger:
             assert not budget.met_by(cost(model, dict(shape) | {"intermediate_size": larger[0]}), parent)
 
@@ -99,7 +99,8 @@ def test_the_verdict_is_the_measurement_and_not_the_expectation():
     model, batches = tiny("llama"), token_batches(1)
     ranking = random_ranking(model)
     found = candidates(Anatomy.of(model), Budget.parse("0.6x"))
-    expected = min(pick(model, ranking, found, batches, finalists=4), key=lambda candidate: candidate.expected)
+    tried = pick(model, ranking, found, batches, finalists=4)
+    expected = next(candidate for candidate in tried if len(candidate.shape) > 1)  # one axis alone is measured before
 
     def build(shape: Shape):
         child = prune(model, ranking, shape)

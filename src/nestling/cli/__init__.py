@@ -17,7 +17,7 @@ from nestling.errors import NestlingError
 VERBS = {
     "inspect": ("inspect", "InspectSettings", "inspect", "what a model is made of, and what it costs"),
     "rank": ("rank", "RankSettings", "rank_model", "importance of everything, saved"),
-    "search": ("prune", "SearchSettings", "search", "candidate shapes for a budget, ranked"),
+    "search": ("search", "SearchSettings", "search", "candidate shapes for a budget, ranked"),
     "prune": ("prune", "PruneSettings", "prune_model", "cut a model to a budget or a shape"),
     "distill": ("distill", "DistillVerb", "distill_model", "retrain a student from its teacher"),
     "compress": ("compress", "CompressSettings", "compress", "the whole job: rank, search, prune, distill, report"),

@@ -9,7 +9,7 @@ half a forward pass per layer. Greedy removal repeats this on what is left. Pape
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 
 import torch
@@ -26,24 +26,30 @@ Progress = Callable[[int], None]
 CHUNK = 512
 
 Head = Callable[[Tensor], Tensor]
-# From the whole model's hidden states [batch, seq, hidden], the ids [batch, seq] and the head to a function that gives
-# the damage of a cut model's hidden states, summed over tokens.
-Damage = Callable[[Tensor, Tensor, Head], Callable[[Tensor], Tensor]]
+# From the whole model's hidden states [batch, seq, hidden], the ids [batch, seq], what of them is no padding
+# [batch, seq] and the head to a function that gives the damage of a cut model's hidden states, summed over the tokens
+# that count, and how many those are.
+Damage = Callable[[Tensor, Tensor, Tensor, Head], tuple[Callable[[Tensor], Tensor], int]]
 
 
-def _loss(whole: Tensor, ids: Tensor, head: Head) -> Callable[[Tensor], Tensor]:
-    targets = ids[:, 1:].flatten()
-    return lambda cut: F.cross_entropy(head(cut[:, :-1]).flatten(0, 1).float(), targets, reduction="sum")
+def _loss(whole: Tensor, ids: Tensor, real: Tensor, head: Head) -> tuple[Callable[[Tensor], Tensor], int]:
+    counts = real[:, 1:] & real[:, :-1]  # a token that is predicted from another one
+    targets = ids[:, 1:][counts]
+    return lambda cut: F.cross_entropy(head(cut[:, :-1][counts]).float(), targets, reduction="sum"), len(targets)
 
 
-def _kl(whole: Tensor, ids: Tensor, head: Head) -> Callable[[Tensor], Tensor]:
-    target = F.log_softmax(head(whole).float(), dim=-1)
-    return lambda cut: F.kl_div(F.log_softmax(head(cut).float(), -1), target, log_target=True, reduction="sum")
+def _kl(whole: Tensor, ids: Tensor, real: Tensor, head: Head) -> tuple[Callable[[Tensor], Tensor], int]:
+    target = F.log_softmax(head(whole[real]).float(), dim=-1)
+    return (
+        lambda cut: F.kl_div(F.log_softmax(head(cut[real]).float(), -1), target, log_target=True, reduction="sum"),
+        len(target),
+    )
 
 
-def _output_error(whole: Tensor, ids: Tensor, head: Head) -> Callable[[Tensor], Tensor]:
-    size = whole.float().square().sum(-1)
-    return lambda cut: ((cut - whole).float().square().sum(-1) / size).sum()
+def _output_error(whole: Tensor, ids: Tensor, real: Tensor, head: Head) -> tuple[Callable[[Tensor], Tensor], int]:
+    kept = whole[real].float()
+    size = kept.square().sum(-1)
+    return lambda cut: ((cut[real].float() - kept).square().sum(-1) / size).sum(), len(kept)
 
 
 DAMAGES: dict[str, Damage] = {"perplexity": _loss, "kl": _kl, "output_error": _output_error}
@@ -58,7 +64,8 @@ def leave_one_out(
 ) -> Tensor:
     """What each layer's absence does, mean over tokens `[num_layers]`; infinite for those `removed` already.
 
-    damage: `perplexity` (loss), `kl` or `output_error`. progress: told of each layer done in each batch.
+    damage: `perplexity` (loss, over predicted tokens), `kl` or `output_error`. Padding is left out. progress: told of
+    each layer done in each batch.
     """
     if damage not in DAMAGES:
         raise NestlingError(f"'{damage}' is not a layer metric: choose from {', '.join(DAMAGES)}")
@@ -69,10 +76,10 @@ def leave_one_out(
     tokens = 0
     with evaluating(model):
         for batch in batches:
-            ids = batch["input_ids"].to(model.device)
-            for row in ids.split(max(1, CHUNK // ids.shape[1])):
-                totals[candidates] += _damages(model, anatomy, row, DAMAGES[damage], candidates, gone, progress)
-                tokens += row.numel()
+            for part in _few_rows(batch, model.device):
+                found, counted = _damages(model, anatomy, part, DAMAGES[damage], candidates, gone, progress)
+                totals[candidates] += found
+                tokens += counted
     return totals / max(1, tokens)
 
 
@@ -101,34 +108,46 @@ def greedy(
     return scores
 
 
+def _few_rows(batch: Batch, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """A batch in parts of about `CHUNK` tokens, rows of padding alone left out, and a mask that hides nothing."""
+    ids = batch["input_ids"].to(device)
+    mask = batch["attention_mask"].to(device) if "attention_mask" in batch else torch.ones_like(ids)
+    some = mask.any(-1)
+    step = max(1, CHUNK // ids.shape[1])
+    for rows, real in zip(ids[some].split(step), mask[some].split(step), strict=True):
+        if len(rows):
+            yield {"input_ids": rows} if real.all() else {"input_ids": rows, "attention_mask": real}
+
+
 def _damages(
     model: PreTrainedModel,
     anatomy: Anatomy,
-    ids: Tensor,
+    part: dict[str, Tensor],
     damage: Damage,
     candidates: list[int],
     gone: set[int],
     progress: Progress | None,
-) -> Tensor:
-    """The damage of leaving out each candidate, for one piece of text `[batch, seq]`."""
-    layers = anatomy.layers(model)
-    whole = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
-    measure = damage(whole, ids, logits_head(model))
-    streams = _streams(model, anatomy, ids, gone)
+) -> tuple[Tensor, int]:
+    """The damage of leaving out each candidate, summed over the tokens of one piece of text, and their number."""
+    layers, ids = anatomy.layers(model), part["input_ids"]
+    real = part.get("attention_mask", torch.ones_like(ids)).bool()
+    whole = decoder(model)(**part, use_cache=False).last_hidden_state
+    measure, counted = damage(whole, ids, real, logits_head(model))
+    streams = _streams(model, anatomy, part, gone)
     result = []
     for layer in candidates:
         with ExitStack() as stack:
             for other in gone | set(range(layer)):
                 stack.enter_context(anatomy.bypassed(layers[other]))
             stack.enter_context(anatomy.bypassed(layers[layer], _always(streams[layer])))
-            cut = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
+            cut = decoder(model)(**part, use_cache=False).last_hidden_state
         result.append(measure(cut).double().cpu())
         if progress is not None:
             progress(1)
-    return torch.stack(result)
+    return torch.stack(result), counted
 
 
-def _streams(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, gone: set[int]) -> list[Tensor]:
+def _streams(model: PreTrainedModel, anatomy: Anatomy, part: dict[str, Tensor], gone: set[int]) -> list[Tensor]:
     """What enters each layer `[batch, seq, hidden]` when those in `gone` are left out."""
     streams: list[Tensor] = []
     with ExitStack() as stack:
@@ -136,7 +155,7 @@ def _streams(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, gone: set[in
             stack.callback(layer.register_forward_pre_hook(_store(streams), with_kwargs=True).remove)
             if index in gone:
                 stack.enter_context(anatomy.bypassed(layer))
-        decoder(model)(input_ids=ids, use_cache=False)
+        decoder(model)(**part, use_cache=False)
     return streams
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -91,6 +91,31 @@ class Run:
                 f"'{self.folder}' holds a run with {name}={before.get(name)}, not {now[name]}: "
                 f"name another folder with --out, or start anew with --overwrite"
             )
+
+
+class KeptFigures(MutableMapping[str, float]):
+    """Figures by name in a JSON file, which is rewritten whenever one is added."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._figures: dict[str, float] = read_json(path) if path.exists() else {}
+
+    def __getitem__(self, name: str) -> float:
+        return self._figures[name]
+
+    def __setitem__(self, name: str, value: float) -> None:
+        self._figures[name] = value
+        text = json.dumps(self._figures, indent=1)
+        write_atomically(self._path, lambda temporary: temporary.write_text(text))
+
+    def __delitem__(self, name: str) -> None:
+        del self._figures[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._figures)
+
+    def __len__(self) -> int:
+        return len(self._figures)
 
 
 def plain(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nestling.errors import NestlingError
 from nestling.train import documented
 
 
@@ -49,12 +50,30 @@ class ShapeSettings(CalibrationSettings):
     Args:
         axes: Config fields that may be cut, with commas between; all of them unless given.
         finalists: Candidate shapes that are really cut and scored.
+        trial_tokens: Tokens for which each finalist is distilled before the choice, the better half again for twice as
+            many until one is left; 0 chooses by the loss on calibration text.
         cost_context: Tokens per sequence at which KV cache and FLOPs are counted.
+        cost_batch: Sequences at which caches are counted and latency is measured.
+        latency_context: Tokens in the cache before the one whose latency is measured.
     """
 
     axes: str | list[str] = ""
     finalists: int = 4
+    trial_tokens: int = 0
     cost_context: int = 4096
+    cost_batch: int = 1
+    latency_context: int = 512
+
+    def __post_init__(self) -> None:
+        for name, least in (("finalists", 1), ("trial_tokens", 0), ("cost_context", 1), ("cost_batch", 1)):
+            at_least(name, getattr(self, name), least)
+        at_least("latency_context", self.latency_context, 1)
+
+
+def at_least(name: str, value: int, least: int) -> None:
+    """Raises `NestlingError` for a number below what is possible."""
+    if value < least:
+        raise NestlingError(f"{name} {value} is not possible: give at least {least}")
 
 
 def listed(value: str | list[str]) -> list[str]:

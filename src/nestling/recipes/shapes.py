@@ -1,67 +1,115 @@
-"""From `--to` or `--shape` to the shape that is taken, the same way for `search`, `prune` and `compress`."""
+"""From `--to` or `--shape` to the shape that is taken, the same way for `search`, `prune`, `compress` and `family`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
+from dataclasses import dataclass
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from nestling.anatomy import Anatomy
-from nestling.cost import Cost, cost
 from nestling.ranking import Ranking
 from nestling.recipes.progress import bar, console
 from nestling.recipes.settings import ShapeSettings, listed
 from nestling.recipes.source import in_batches
-from nestling.search import Budget, Candidate, candidates, pick
+from nestling.search import Budget, Candidate, Pricing, Space, Trial, latency, pick, reachable
+from nestling.search.parts import Work
+from nestling.search.timing import PROBES
 from nestling.shape import Shape
-from nestling.surgery import Selection, choose, prune
+from nestling.surgery import choose, prune
 from nestling.surgery.repair import Repair
 
-Priced = list[tuple[Shape, Cost]]
+# A budget or a shape that was found to be possible.
+Target = Budget | Shape
 
 
-def feasible(model: PreTrainedModel, settings: ShapeSettings, to: str | None, shape: str | None = None) -> Priced:
-    """Shapes to choose from, each with its cost: the one that was given, or all that keep the budget."""
+def checked(model: PreTrainedModel, settings: ShapeSettings, to: str | None, shape: str | None = None) -> Target:
+    """What `--to` or `--shape` says. Raises a `NestlingError` if it is not possible, before any long work.
+
+    A latency is not measured here, so whether a shape keeps it is found out later.
+    """
+    pricing = Pricing(Anatomy.of(model), settings.cost_context, settings.cost_batch)
     if shape:
         given = Shape.parse(shape)
-        return [(given, cost(model, given, settings.cost_context))]
-    return candidates(Anatomy.of(model), Budget.parse(to or ""), settings.cost_context, tuple(listed(settings.axes)))
+        pricing.cost(given)
+        return given
+    budget = Budget.parse(to or "")
+    reachable(pricing, budget, tuple(listed(settings.axes)))
+    return budget
 
 
-def tried(
-    model: PreTrainedModel,
-    settings: ShapeSettings,
-    found: Priced,
-    ranking: Ranking,
-    text: Tensor,
-    repair: Repair | None = None,
-) -> list[Candidate]:
-    """The shapes scored on a quarter of the calibration text `[rows, context]`, best first, cut as `prune` would.
+@dataclass
+class Ground:
+    """What shapes of one model are judged on.
 
-    A single one is taken as it is.
+    text: calibration text `[rows, context]`. repair: with which children are cut. losses: what was measured before, and
+    where it is kept. trial: short training of the finalists. target_of: the model that relative limits refer to.
     """
-    if repair is not None:
-        with bar("what the rest can take over, tokens", text.numel()) as advance:
-            repair.measure(_cuts(Anatomy.of(model), ranking, found), advance)
-    if len(found) == 1:
-        return [Candidate(*found[0], expected=0.0)]
-    return pick(
-        model,
-        ranking,
-        found,
-        in_batches(text[: -(-len(text) // 4)]),
-        settings.finalists,
-        build=lambda shape: prune(model, ranking, shape, repair=repair),
-        progress=lambda what: console.print(f"    {what}"),
-    )
+
+    model: PreTrainedModel
+    settings: ShapeSettings
+    ranking: Ranking
+    text: Tensor
+    repair: Repair | None = None
+    losses: MutableMapping[str, float] | None = None
+    trial: Trial | None = None
+
+    def pricing(self, timed: bool) -> Pricing:
+        """How shapes are priced; `timed` measures blocks on this machine, unless that was done before."""
+        settings, anatomy = self.settings, Anatomy.of(self.model)
+        table = measured(self.model, settings) if timed else None
+        return Pricing(
+            anatomy,
+            settings.cost_context,
+            settings.cost_batch,
+            self.ranking,
+            (lambda form: table.milliseconds(anatomy, form)) if table else None,
+        )
+
+    def candidates(self, target: Target) -> list[Candidate]:
+        """Shapes for a budget, scored on a quarter of the calibration text and best first; a given one as it is."""
+        settings, anatomy = self.settings, Anatomy.of(self.model)
+        if isinstance(target, Shape):
+            self._measure([target])
+            return [Candidate(target, self.pricing(False).cost(target), expected=0.0)]
+        space = reachable(self.pricing(target.timed), target, tuple(listed(settings.axes)))
+        self._measure(_cuts(anatomy, space))
+        return pick(
+            self.model,
+            self.ranking,
+            space,
+            in_batches(self.text[: -(-len(self.text) // 4)]),
+            settings.finalists,
+            build=lambda shape: prune(self.model, self.ranking, shape, repair=self.repair),
+            progress=lambda what: console.print(f"    {what}"),
+            losses=self.losses,
+            trial=self.trial,
+            seed=settings.seed,
+        )
+
+    def _measure(self, cuts: Iterable[Shape]) -> None:
+        """Let the repair measure what these cuts need in one pass, rather than one pass for each."""
+        if self.repair is not None:
+            anatomy = Anatomy.of(self.model)
+            with bar("what the rest can take over, tokens", self.text.numel()) as advance:
+                self.repair.measure((choose(anatomy, self.ranking, shape) for shape in cuts), advance)
 
 
-def _cuts(anatomy: Anatomy, ranking: Ranking, found: Priced) -> Iterator[Selection]:
-    """Cuts that need all that any of the shapes needs: one of each depth, and one that is narrower than the parent."""
-    depth = anatomy.depth_field
-    for layers in sorted({shape[depth] for shape, _ in found if depth in shape}):
-        yield choose(anatomy, ranking, {depth: layers})
-    narrow = next((shape for shape, _ in found if shape.keys() - {depth}), None)
-    if narrow is not None:
-        yield choose(anatomy, ranking, {field: size for field, size in narrow.items() if field != depth})
+def _cuts(anatomy: Anatomy, space: Space) -> Iterator[Shape]:
+    """Cuts that need all that any shape of the space needs: one of each depth, and one that is narrower."""
+    pricing = Pricing(anatomy)
+    for depth in space.options.get(anatomy.depth_field, ()):
+        yield pricing.capped({anatomy.depth_field: depth})
+    narrow = [(name, sizes[-1]) for name, sizes in space.options.items() if name != anatomy.depth_field]
+    narrow += [(space.fill, space.fill_sizes[-1])] if space.fill else []
+    for name, size in narrow[:1]:
+        yield pricing.capped({name: size})
+
+
+def measured(model: PreTrainedModel, settings: ShapeSettings) -> latency.Table:
+    """Times of this model's blocks on this machine, measured now or before."""
+    work = Work(settings.cost_batch, settings.latency_context)
+    anatomy = Anatomy.of(model)
+    with bar("timing blocks, shapes", PROBES) as advance:
+        return latency.table(anatomy, model.device, model.dtype, work, advance)

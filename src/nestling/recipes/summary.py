@@ -7,7 +7,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -18,26 +18,18 @@ import nestling
 from nestling.anatomy import Anatomy
 from nestling.cost import cost
 from nestling.ranking import Ranking
-from nestling.shape import Form, Shape
+from nestling.shape import Form
 from nestling.surgery import choose
 
+if TYPE_CHECKING:
+    from nestling.recipes.child import Child
 
-def summarize(
-    parent: PreTrainedModel,
-    child: PreTrainedModel,
-    ranking: Ranking,
-    shape: Shape,
-    candidates: list[dict[str, Any]],
-    settings: Any,
-    results: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What was given, what was cut, and what came of it; ready for JSON."""
-    anatomy = Anatomy.of(parent)
-    form = choose(anatomy, ranking, shape).form
-    scores, speed = results["scores"], results["speed"]
-    name = str(settings.model).rstrip("/").rpartition("/")[2]
+
+def heading(settings: Any, name: str, parent: PreTrainedModel) -> dict[str, Any]:
+    """What was run, when, where and with what: the part that every job's summary has. name: of the target."""
+    model = str(settings.model).rstrip("/").rpartition("/")[2]
     return {
-        "title": f"{name} to {settings.shape or settings.to}",
+        "title": f"{model} to {name}",
         "command": shlex.join(["nestling", *sys.argv[1:]]) if sys.argv[1:] else "",
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "seed": settings.seed,
@@ -48,7 +40,21 @@ def summarize(
             "python": platform.python_version(),
         },
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {parent.device.type}",
-        "budget": settings.shape or settings.to,
+        "budget": name,
+    }
+
+
+def summarize(made: Child, results: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given, what was cut, and what came of it; ready for JSON.
+
+    Figures compare with the parent; layers and axes are those of the model that the child was cut from.
+    """
+    settings, parent, child = made.parent.settings, made.parent.model, made.model
+    anatomy, ranking, shape = Anatomy.of(made.origin.model), made.origin.ranking, made.shape
+    form = choose(anatomy, ranking, shape).form
+    scores, speed = results["scores"], results["speed"]
+    name = str(settings.model).rstrip("/").rpartition("/")[2]
+    return heading(settings, made.name, parent) | {
         "needs_nestling": child.config.model_type.startswith("nestling_"),
         "data": {
             "train": settings.data,
@@ -60,14 +66,14 @@ def summarize(
             "name": str(settings.model),
             "architecture": anatomy.architecture.model_type,
             "config": parent.config.to_diff_dict(),
-            "cost": cost(parent, context=settings.cost_context).to_dict(),
+            "cost": cost(parent, context=settings.cost_context, batch=settings.cost_batch).to_dict(),
             "evaluation": scores["parent"],
             "speed": speed["parent"],
         },
         "child": {
-            "name": f"{name}-{settings.to}",
+            "name": f"{name}-{made.name}",
             "config": child.config.to_diff_dict(),
-            "cost": cost(child, context=settings.cost_context).to_dict(),
+            "cost": cost(child, context=settings.cost_context, batch=settings.cost_batch).to_dict(),
             "pruned": scores["pruned"],
             "evaluation": scores["child"],
             "speed": speed["child"],
@@ -79,7 +85,7 @@ def summarize(
             "importance": _numbers(ranking.scores.get(anatomy.depth_field)),
         },
         "axes": [_axis(anatomy, form, ranking, field) for field in anatomy.axes if field in ranking.scores],
-        "candidates": candidates,
+        "candidates": made.candidates,
         "samples": results["samples"],
     }
 

@@ -1,7 +1,25 @@
 """Finding the shape for a budget."""
 
 from nestling.budget import Budget
-from nestling.search.grid import candidates
-from nestling.search.pick import Candidate, describe, pick, token_loss
+from nestling.search.candidate import Candidate, describe, token_loss
+from nestling.search.evolve import evolve
+from nestling.search.grid import candidates, reachable, shapes
+from nestling.search.halving import Trial
+from nestling.search.pick import pick
+from nestling.search.space import Priced, Pricing, Space
 
-__all__ = ["Budget", "Candidate", "candidates", "describe", "pick", "token_loss"]
+__all__ = [
+    "Budget",
+    "Candidate",
+    "Priced",
+    "Pricing",
+    "Space",
+    "Trial",
+    "candidates",
+    "describe",
+    "evolve",
+    "pick",
+    "reachable",
+    "shapes",
+    "token_loss",
+]

@@ -1,0 +1,97 @@
+"""`nestling search`: candidate shapes for a budget, ranked, in one resumable folder with a shape file and a picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from nestling.cost import cost
+from nestling.distill import DistillSettings
+from nestling.ranking import Ranking
+from nestling.recipes.child import Origin, Parent
+from nestling.recipes.progress import Stages, console
+from nestling.recipes.run import Run, write_atomically
+from nestling.recipes.settings import ShapeSettings
+from nestling.recipes.shapes import checked
+from nestling.recipes.summary import heading
+from nestling.report import write_report
+from nestling.report.human import count, figure, quotient, ratio, size
+from nestling.search import Candidate, describe
+from nestling.train import documented
+
+
+@documented
+@dataclass
+class SearchSettings(ShapeSettings):
+    """Settings of `search`.
+
+    Args:
+        model: Hub id, folder, GGUF file, or builtin:smollm2-135m-instruct.
+        to: Target: 0.5x, 100M, or named limits such as params=4B,kv_bytes=1G,latency=0.7x.
+        ranking: A ranking that `nestling rank` wrote; made anew unless given.
+        out: Folder for the search; the best shape is shape.json in it. A name that ends in .json is the shape's file,
+            and the folder is called so without the ending.
+        repair: Score shapes as `prune` makes them with --repair.
+        tokens: Calibration tokens.
+        distill: Settings of the short distillation, if --trial_tokens asks for it.
+        overwrite: Start anew even if the folder holds a search.
+    """
+
+    model: str
+    to: str = "0.75x"
+    ranking: str | None = None
+    out: str = "runs/search"
+    repair: bool = True
+    tokens: int = 4096
+    distill: DistillSettings = field(default_factory=DistillSettings)
+    overwrite: bool = False
+
+
+def search(settings: SearchSettings) -> dict[str, Any]:
+    """Rank candidate shapes for a budget, or go on with it; writes the best shape and returns them all."""
+    parent = Parent(settings, settings.tokens)
+    target = checked(parent.model, settings, settings.to)
+    given = Ranking.load(settings.ranking) if settings.ranking else None
+    file = Path(settings.out)
+    folder = file.with_suffix("") if file.suffix == ".json" else file
+    run = parent.run = Run("search", settings, folder, settings.overwrite)
+    origin, stages = Origin(parent, parent.model, run, given), Stages(2)
+    with stages("rank every axis on calibration text" if given is None else "take the given ranking"):
+        origin.ranking  # noqa: B018  made now, used by the search
+    with stages(f"search a shape for {target}"):
+        found = origin.search(target, run)
+    summary = run.values("summary.json", lambda: _summary(parent, settings, found))
+    shape = file if file.suffix == ".json" else run.path("shape.json")
+    write_atomically(shape, found[0].shape.save)
+    console.print(_table(found, summary["parent"]["cost"]["params"]))
+    console.print(f"best shape: {shape}\nreport: {write_report(run.folder)}")
+    return {"shape": found[0].shape.to_dict(), "file": str(shape), "candidates": [one.to_dict() for one in found]}
+
+
+def _summary(parent: Parent, settings: SearchSettings, found: list[Candidate]) -> dict[str, Any]:
+    """What the report shows of a search."""
+    whole = cost(parent.model, context=settings.cost_context, batch=settings.cost_batch)
+    return heading(settings, settings.to, parent.model) | {
+        "data": {"train": settings.data, "calibration_tokens": settings.tokens},
+        "parent": {"name": str(settings.model), "cost": whole.to_dict()},
+        "shape": found[0].shape.to_dict(),
+        "candidates": [one.to_dict() for one in found],
+    }
+
+
+def _table(found: list[Candidate], whole: int) -> Table:
+    """The candidates, best first, with what was measured of any of them. whole: the parent's parameters."""
+    table = Table(title="candidates, best first", title_justify="left", box=None, pad_edge=False)
+    trained = any(one.trained_loss is not None for one in found)
+    timed = any(one.cost.latency_ms is not None for one in found)
+    for name in ("loss", *(["trained"] if trained else []), "params", "", "memory", *(["ms"] if timed else [])):
+        table.add_column(name, justify="right")
+    table.add_column("shape", overflow="fold")
+    for one in found:
+        cells = [figure(one.loss), *([f"{figure(one.trained_loss)} at {count(one.trained_tokens)}"] if trained else [])]
+        cells += [count(one.cost.params), ratio(quotient(one.cost.params, whole)), size(one.cost.memory_bytes)]
+        table.add_row(*cells, *([figure(one.cost.latency_ms)] if timed else []), describe(one.shape))
+    return table
