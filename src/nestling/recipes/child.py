@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from nestling import evaluate, hub
 from nestling.anatomy import Anatomy
-from nestling.data import batches
+from nestling.data import batches, documents
 from nestling.distill import DistillSettings, distill
 from nestling.ranking import Ranking, rank
 from nestling.recipes.progress import bar
@@ -87,8 +87,7 @@ class Parent:
         at_least("calibration tokens", tokens, 1)
         self.source = Source.open(settings)
         self.model, self.tokenizer = self.source.model, self.source.tokenizer
-        # Data that cannot be read is found out before long work.
-        batches(settings.data, self.tokenizer, context=settings.context, tokens=settings.context)
+        self._check_texts()
 
     @cached_property
     def text(self) -> Tensor:
@@ -99,6 +98,14 @@ class Parent:
             lambda rows, path: save_file({"input_ids": rows.contiguous()}, path),
             lambda path: load_file(path)["input_ids"],
         )
+
+    def _check_texts(self) -> None:
+        """Find out before long work what cannot be read, or holds too little."""
+        settings = self.settings
+        batches(settings.data, self.tokenizer, context=settings.context, tokens=settings.context)
+        evaluated = [(spec, "all") for spec in listed(getattr(settings, "evaluate_on", ""))]
+        for spec, split in [(settings.data, "validation"), *evaluated]:
+            documents(spec, split, tokenizer=self.tokenizer)
 
     def load(self, run: Run, name: str) -> PreTrainedModel:
         """A model that is kept in a run folder, where and how the parent is."""

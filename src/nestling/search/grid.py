@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from nestling.anatomy import Anatomy
-from nestling.errors import TargetError
 from nestling.budget import Budget
+from nestling.errors import TargetError
 from nestling.search.evolve import evolve
 from nestling.search.space import Priced, Pricing, Space, distinct
 from nestling.shape import Shape

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from nestling.anatomy import Anatomy, Axis
+from nestling.budget import Budget
 from nestling.cost import Cost, cost_of_form
 from nestling.errors import ShapeError
 from nestling.ranking import Ranking
-from nestling.budget import Budget
 from nestling.shape import Form, Shape, Value, fit
 from nestling.surgery.choose import kept_layers
 

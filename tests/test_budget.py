@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
+from nestling.budget import Budget
 from nestling.cost import Cost
 from nestling.errors import TargetError
-from nestling.search import Budget
 
 PARENT = Cost(1000, 1000, 4000, 800, 0, 2000, context=10, batch=1)
 
@@ -14,6 +14,13 @@ FORMS = {
     "0.5x": {"params": (0.5, True)},
     ".5X": {"params": (0.5, True)},
     0.5: {"params": (0.5, True)},
+    "0.5": {"params": (0.5, True)},
+    "params=.25,kv_bytes=0.75": {"params": (0.25, True), "kv_bytes": (0.75, True)},
+    "1": {"params": (1, False)},
+    "0.5k": {"params": (500, False)},
+    "memory_bytes=8Gi": {"memory_bytes": (8 * 2**30, False)},
+    "latency=20ms": {"latency": (20, False)},
+    "latency=0.5s,params=0.9x": {"latency": (500, False), "params": (0.9, True)},
     "100M": {"params": (100e6, False)},
     "7B": {"params": (7e9, False)},
     "1.5k": {"params": (1500, False)},
@@ -44,8 +51,9 @@ def test_unknown_limits_zero_and_absolute_latency_are_refused():
         Budget.parse("memory=1G")
     with pytest.raises(TargetError, match="params=0x is not above zero"):
         Budget.parse("0x")
-    with pytest.raises(TargetError, match="'3' is not a target for latency"):
-        Budget.parse("latency=3")
+    for text in ("3", "20m", "2G"):
+        with pytest.raises(TargetError, match=rf"'{text}' is not a target for latency: write 0\.5x, or 20ms"):
+            Budget.parse(f"latency={text}")
 
 
 @pytest.mark.parametrize(
@@ -69,7 +77,30 @@ def test_every_limit_must_be_met_and_latency_is_left_to_measurement():
     assert not budget.met_by(dataclasses.replace(small, kv_bytes=401), PARENT)
 
 
-@pytest.mark.parametrize("text", ["0.5x", "params=0.5x,latency=0.7x"])
-def test_a_relative_budget_reads_back_what_it_writes(text):
+def test_memory_is_weights_cache_and_state_together():
+    budget = Budget.parse("memory_bytes=4700")
+    assert PARENT.memory_bytes == 4800
+    assert not budget.met_by(PARENT, PARENT)
+    assert budget.met_by(dataclasses.replace(PARENT, kv_bytes=600, state_bytes=100), PARENT)
+
+
+def test_a_measured_latency_is_a_limit_like_the_others():
+    whole, half = dataclasses.replace(PARENT, latency_ms=20.0), dataclasses.replace(PARENT, latency_ms=9.9)
+    for text in ("latency=0.5x", "latency=10ms"):
+        assert Budget.parse(text).met_by(half, whole)
+        assert not Budget.parse(text).met_by(whole, whole)
+    with pytest.raises(TargetError, match="latency=25ms is not below the parent's 20"):
+        Budget.parse("latency=25ms").check(whole)
+
+
+def test_limits_resolved_against_one_parent_mean_the_same_for_another():
+    budget = Budget.parse("params=0.5x,kv_bytes=100,latency=0.5x")
+    assert str(budget.resolved(PARENT)) == "params=500,kv_bytes=100,latency=0.5x"
+    timed = dataclasses.replace(PARENT, latency_ms=20.0)
+    assert str(budget.resolved(timed)) == "params=500,kv_bytes=100,latency=10ms"
+
+
+@pytest.mark.parametrize("text", ["0.5x", "params=0.5x,latency=0.7x", "latency=20ms", "134515007"])
+def test_a_budget_reads_back_what_it_writes(text):
     assert str(Budget.parse(text)) == text
     assert Budget.parse(str(Budget.parse(text))) == Budget.parse(text)
