@@ -11,7 +11,7 @@ from nestling import hub
 from tests.models import tiny
 
 TEMPLATE = "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
-WORDS = [
+WORDS = ("the", "a", "model", "of", "every", "small", "thing", "reads", "one", "token", "after", "another", "and")
     "the",
     "a",
     "model",
