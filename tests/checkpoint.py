@@ -12,26 +12,6 @@ from tests.models import tiny
 
 TEMPLATE = "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
 WORDS = ("the", "a", "model", "of", "every", "small", "thing", "reads", "one", "token", "after", "another", "and")
-    "the",
-    "a",
-    "model",
-    "of",
-    "every",
-    "small",
-    "thing",
-    "that",
-    "reads",
-    "one",
-    "token",
-    "after",
-    "another",
-    "and",
-    "then",
-    "writes",
-    "what",
-    "it",
-    "knows",
-]
 
 
 def tokenizer(vocab_size: int = 97) -> PreTrainedTokenizerFast:
