@@ -5,6 +5,7 @@ from nestling.cost import Cost, cost
 from nestling.distill import distill
 from nestling.errors import NestlingError, ShapeError, UnsupportedArchitecture
 from nestling.hub import load
+from nestling.pretrain import pretrain
 from nestling.ranking import Ranking, rank
 from nestling.shape import Shape
 from nestling.surgery import masked, prune, reorder
@@ -23,6 +24,7 @@ __all__ = [
     "distill",
     "load",
     "masked",
+    "pretrain",
     "prune",
     "rank",
     "reorder",

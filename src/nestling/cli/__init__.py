@@ -19,6 +19,7 @@ VERBS = {
     "rank": ("rank", "RankSettings", "rank_model", "importance of everything, saved"),
     "search": ("search", "SearchSettings", "search", "candidate shapes for a budget, ranked"),
     "prune": ("prune", "PruneSettings", "prune_model", "cut a model to a budget or a shape"),
+    "pretrain": ("pretrain", "PretrainVerb", "pretrain_model", "train a model from scratch on text"),
     "distill": ("distill", "DistillVerb", "distill_model", "retrain a student from its teacher"),
     "compress": ("compress", "CompressSettings", "compress", "the whole job: rank, search, prune, distill, report"),
     "eval": ("evaluate", "EvalSettings", "evaluate_model", "perplexity, minimal pairs, lm-eval tasks"),

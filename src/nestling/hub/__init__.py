@@ -5,7 +5,7 @@ with it is found before weights are read, and said as one `CheckpointError`. Thi
 nothing about what is inside a model.
 """
 
-from nestling.hub.load import config, load
-from nestling.hub.save import save
+from nestling.hub.load import config, load, tokenizer
+from nestling.hub.save import replacing, save
 
-__all__ = ["config", "load", "save"]
+__all__ = ["config", "load", "replacing", "save", "tokenizer"]

@@ -80,6 +80,18 @@ def config(source: str | Path, *, trust_remote_code: bool = False) -> PreTrained
     return found
 
 
+def tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a source, without its weights; `None` when it has none. Raises `CheckpointError` like `load`."""
+    place = locate(source)
+    if place.kind == "gguf":
+        return gguf.load(place.path)[1]
+    if place.kind == "hub":
+        return load_tokenizer(fetch_snapshot(place.name, trust_remote_code, weights=False), trust_remote_code)
+    folder = builtin.folder(place.name) if place.kind == "builtin" else place.path
+    check_folder(folder)
+    return load_tokenizer(folder, trust_remote_code)
+
+
 def load_folder(
     folder: Path, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:

@@ -65,9 +65,9 @@ def fetch_config(name: str) -> Path:
         raise CheckpointError(_hub_sentence(name, error)) from error
 
 
-def fetch_snapshot(name: str, code: bool = False) -> Path:
+def fetch_snapshot(name: str, code: bool = False, weights: bool = True) -> Path:
     """Download config, tokenizer and safetensors of a hub id; the folder they are in. Raises `CheckpointError`."""
-    allow = [*FILES, "*.py"] if code else FILES
+    allow = [*(file for file in FILES if weights or "safetensors" not in file), *(["*.py"] if code else [])]
     # Sub-folders and consolidated* hold second copies of the weights in other layouts.
     ignore = ["*/*", "consolidated*"]
     try:

@@ -73,6 +73,11 @@ class LearnerTrainer(Trainer):
                 optimizer.add_param_group(group)
         return optimizer
 
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Only matrices decay: norms, biases and the decay rates of a state space are no weights to shrink."""
+        matrices = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
+        return [name for name in super().get_decay_parameter_names(model) if name in matrices]
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
             return

@@ -1,0 +1,120 @@
+"""`nestling pretrain`: from an architecture and text to a trained checkpoint, into one resumable run folder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nestling import evaluate, hub
+from nestling.cost import cost
+from nestling.data import check_tokenizer, train_tokenizer
+from nestling.errors import DataError, NestlingError
+from nestling.hub.load import load_tokenizer
+from nestling.pretrain import PretrainSettings, architecture_config, build, names_checkpoint, pretrain
+from nestling.recipes.progress import console
+from nestling.recipes.run import Run
+from nestling.recipes.settings import listed
+from nestling.report.human import count, figure
+
+
+@dataclass
+class PretrainVerb:
+    """Settings of `pretrain`.
+
+    Args:
+        architecture: dense-3m, hybrid-2m, hybrid-4m or mamba2-3m; a YAML or JSON file with model_type and config
+            fields; or a checkpoint (hub id, folder, builtin:smollm2-135m-instruct), whose weights are not taken.
+        data: Training text: hub dataset, local file or folder, or builtin:stdlib.
+        out: Run folder; metrics, checkpoints and the trained model go there.
+        set: Config fields to set on top, as FIELD=VALUE with commas between.
+        tokenizer: Take the tokenizer of this checkpoint. Otherwise a checkpoint given as architecture brings its own,
+            and one is trained on the data where there is none.
+        vocab_size: Tokens of a tokenizer that is trained on the data.
+        evaluation_tokens: Tokens of the validation part on which the result is measured.
+        train: Settings of the training.
+        device: Where to compute; the best there is unless given.
+        trust_remote_code: Let the checkpoint run code of its own.
+        overwrite: Start anew even if the run folder holds a run.
+    """
+
+    architecture: str
+    data: str = "builtin:stdlib"
+    out: str = "runs/pretrain"
+    set: str | list[str] = ""
+    tokenizer: str | None = None
+    vocab_size: int = 2048
+    evaluation_tokens: int = 32768
+    train: PretrainSettings = field(default_factory=PretrainSettings)
+    device: str | None = None
+    trust_remote_code: bool = False
+    overwrite: bool = False
+
+
+def pretrain_model(settings: PretrainVerb) -> dict[str, Any]:
+    """Train the model, or go on with it; returns where it is and its loss on text that it has not seen.
+
+    Raises a `NestlingError` for anything wrong with the settings before any long work starts.
+    """
+    config = architecture_config(settings.architecture, fields(settings.set), settings.trust_remote_code)
+    given = _given_tokenizer(settings)
+    if given is not None and settings.tokenizer is None:
+        check_tokenizer(given, config.vocab_size)
+    run = Run("pretrain", settings, settings.out, settings.overwrite)
+    tokenizer = given or _trained_tokenizer(settings, run)
+    target = run.path("model")
+    if target.exists():
+        model, _ = hub.load(target, device=settings.device)
+    else:
+        own = settings.tokenizer is None and given is not None
+        model = build(config, None if own else tokenizer, settings.train.seed, settings.device)
+        console.print(f"{config.model_type}, {count(model.num_parameters())} parameters")
+        pretrain(model, settings.data, tokenizer, settings.train, run_dir=run.folder)
+        hub.save(model, target, tokenizer)
+    summary = run.values("pretrained.json", lambda: _summary(settings, model, tokenizer))
+    console.print(f"validation loss {figure(summary['loss'])}\nmodel: {target}")
+    return {"model": str(target), **summary}
+
+
+def fields(texts: str | list[str]) -> dict[str, Any]:
+    """Config fields from `FIELD=VALUE` texts, values as YAML writes them. Raises `NestlingError` for other texts."""
+    found = {}
+    for text in listed(texts):
+        name, equals, value = text.partition("=")
+        if not (equals and name.strip().isidentifier()):
+            raise NestlingError(f"'{text}' does not set a config field: write FIELD=VALUE, as in num_hidden_layers=8")
+        found[name.strip()] = yaml.safe_load(value)
+    return found
+
+
+def _given_tokenizer(settings: PretrainVerb) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that was named, or that of a checkpoint given as architecture."""
+    source = settings.tokenizer
+    if source is None and names_checkpoint(settings.architecture):
+        source = settings.architecture
+    if source is None:
+        return None
+    found = hub.tokenizer(source, trust_remote_code=settings.trust_remote_code)
+    if found is None and settings.tokenizer is not None:
+        raise DataError(f"'{source}' has no tokenizer: name another checkpoint, or leave --tokenizer out")
+    return found
+
+
+def _trained_tokenizer(settings: PretrainVerb, run: Run) -> PreTrainedTokenizerBase:
+    folder = run.path("tokenizer")
+    if not folder.exists():
+        with hub.replacing(folder) as partial:
+            made = train_tokenizer(settings.data, settings.vocab_size, seed=settings.train.seed)
+            made.save_pretrained(partial)
+    found = load_tokenizer(folder)
+    assert found is not None, "the folder has just been written"
+    return found
+
+
+def _summary(settings: PretrainVerb, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    found = evaluate.perplexity(
+        model, tokenizer, settings.data, context=settings.train.context, tokens=settings.evaluation_tokens
+    )
+    return {"loss": found.loss, "validation": asdict(found), "cost": cost(model).to_dict()}
