@@ -139,7 +139,7 @@ class Parent:
         settings, found = self.settings, {}
         for spec in dict.fromkeys([settings.data, *listed(settings.evaluate_on)]):
             split = "validation" if spec == settings.data else "all"
-            with bar(f"perplexity of the {name}, tokens", settings.evaluation_tokens) as advance:
+            with bar(f"perplexity, {name}", settings.evaluation_tokens) as advance:
                 result = evaluate.perplexity(
                     model,
                     self.tokenizer,

@@ -92,7 +92,7 @@ class Ground:
         """Let the repair measure what these cuts need in one pass, rather than one pass for each."""
         if self.repair is not None:
             anatomy = Anatomy.of(self.model)
-            with bar("what the rest can take over, tokens", self.text.numel()) as advance:
+            with bar("repair, tokens", self.text.numel()) as advance:
                 self.repair.measure((choose(anatomy, self.ranking, shape) for shape in cuts), advance)
 
 

@@ -16,11 +16,20 @@ from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 METRICS = "metrics.jsonl"
 SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal to draw a bar on
+NARROW = 90  # columns of a terminal below which a progress bar says less
 DROPPED = ("epoch", "num_input_tokens_seen")
 
 
@@ -62,6 +71,23 @@ class MetricsLog(TrainerCallback):
             file.write(json.dumps(record) + "\n")
 
 
+def bar_columns(console: Console, *figures: ProgressColumn) -> tuple[ProgressColumn, ...]:
+    """What a progress bar shows: what is done, how much of it, figures of its own, and the time left.
+
+    A narrow terminal gets a short bar and no time gone by, so that the rest fits into 60 columns.
+    """
+    narrow = console.width < NARROW
+    return (
+        TextColumn("    {task.description}"),
+        BarColumn(bar_width=8 if narrow else 20),
+        MofNCompleteColumn(),
+        *figures,
+        *(() if narrow else (TimeElapsedColumn(),)),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+
+
 class ShowProgress(TrainerCallback):
     """A bar with the loss and the time left; a line now and then where there is no terminal."""
 
@@ -78,17 +104,8 @@ class ShowProgress(TrainerCallback):
         self._from = state.global_step
         if not state.is_world_process_zero or not self.console.is_terminal:
             return
-        loss = TextColumn("loss {task.fields[loss]:.3f}")
-        left = TextColumn("left")
-        columns = (
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            loss,
-            TimeElapsedColumn(),
-            left,
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(TextColumn("    {task.description}"), *columns, console=self.console, transient=True)
+        columns = bar_columns(self.console, TextColumn("loss {task.fields[loss]:.3f}"))
+        self._bar = Progress(*columns, console=self.console, transient=True)
         self._bar.add_task(self.what, total=state.max_steps, completed=state.global_step, loss=math.nan)
         self._bar.start()
 
