@@ -6,13 +6,18 @@ code 130, and the run folder is as the last finished stage or checkpoint left it
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from nestling.errors import NestlingError
 
+# What the file system refuses anywhere is the user's to mend; other errors of the system are bugs.
+PLACE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 # verb -> (module, settings, function, one line of help)
 VERBS = {
     "inspect": ("inspect", "InspectSettings", "inspect", "what a model is made of, and what it costs"),
@@ -34,22 +39,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except NestlingError as error:
-        print(f"nestling: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
+    except OSError as error:
+        if error.errno not in PLACE_ERRORS:
+            raise
+        what = f"'{error.filename}'" if error.filename else "a file"
+        return _refuse(f"{what} cannot be written or read ({error.strerror}): make room, or mend its rights")
     except KeyboardInterrupt:
         print("nestling: interrupted; run the same command again to continue", file=sys.stderr)
         return 130
 
 
+def _refuse(sentence: str) -> int:
+    print(f"nestling: {' '.join(sentence.split())}", file=sys.stderr)
+    return 2
+
+
 def _run(arguments: list[str]) -> int:
+    from argparse import ArgumentError
+
+    try:
+        chosen, values = _parsed(arguments)
+    except ArgumentError as error:
+        verb = next((argument for argument in arguments if argument in VERBS), "")
+        hint = f"see nestling {verb} --help" if verb else "see nestling --help"
+        raise NestlingError(f"{_plain(str(error))}: {hint}") from error
+    as_json = values.pop("json")
+    values.pop("config", None)
+    module, settings, function, _ = VERBS[chosen]
+    recipe = import_module(f"nestling.recipes.{module}")
+    result = getattr(recipe, function)(getattr(recipe, settings)(**values))
+    if as_json:
+        print(json.dumps(result, default=str))
+    return 0
+
+
+def _plain(message: str) -> str:
+    """What the argument parser says, in the words of the command line."""
+    text = " ".join(line.strip(" -") for line in message.splitlines()[:3])
+    text = re.sub(r'Parser key "(?:\w+\.)?([\w.]+)":', r"--\1:", text)
+    return re.sub(r"Expected a <class '(\w+)'>\. Got value: ", r"expected \1, got ", text).rstrip(":. ")
+
+
+def _parsed(arguments: list[str]) -> tuple[str, dict[str, Any]]:
+    """The verb, and its settings by name."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="nestling", description="Turn one language model into a family.")
+    parser = ArgumentParser(prog="nestling", description="Turn one language model into a family.", exit_on_error=False)
     parser.add_argument("--version", action="version", version=f"%(prog)s {import_module('nestling').__version__}")
     verbs = parser.add_subcommands(required=True, dest="verb", metavar="VERB")
     named = next((argument for argument in arguments if argument in VERBS), None)
     for verb, (module, settings, _, summary) in VERBS.items():
-        sub = ArgumentParser(description=summary)
+        sub = ArgumentParser(description=summary, exit_on_error=False)
         if named in (None, verb):
             sub.add_argument("--config", action="config", help="YAML file with these settings")
             sub.add_argument("--json", action="store_true", help="print one JSON object on the last line")
@@ -57,12 +98,4 @@ def _run(arguments: list[str]) -> int:
             sub.add_class_arguments(getattr(import_module(f"nestling.recipes.{module}"), settings), as_positional=True)
         verbs.add_subcommand(verb, sub, help=summary)
     chosen = parser.parse_args(arguments)
-    values = parser.instantiate_classes(chosen)[chosen.verb].as_dict()
-    as_json = values.pop("json")
-    values.pop("config", None)
-    module, settings, function, _ = VERBS[chosen.verb]
-    recipe = import_module(f"nestling.recipes.{module}")
-    result = getattr(recipe, function)(getattr(recipe, settings)(**values))
-    if as_json:
-        print(json.dumps(result, default=str))
-    return 0
+    return chosen.verb, parser.instantiate_classes(chosen)[chosen.verb].as_dict()

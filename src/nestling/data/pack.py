@@ -42,6 +42,7 @@ def packed(
 
     Fewer rows come back when the source has fewer. Raises `DataError` when it has not even one.
     """
+    check_context(context, tokens)
     rows = np.fromiter(_rows(spec, tokenizer, context, tokens, split, seed), dtype=np.dtype((np.int32, (context,))))
     if not len(rows):
         raise DataError(
@@ -136,7 +137,6 @@ def _rows(
     split: str,
     seed: int,
 ) -> Iterator[list[int]]:
-    check_context(context, tokens)
     stream = token_stream(spec, tokenizer, piece=piece_length(context), split=split, seed=seed)
     bos = own_bos(tokenizer)
     head = [] if bos is None else [bos]

@@ -59,13 +59,18 @@ def minimal_pairs(
     `progress` is called with the number of pairs done since the last call. Raises `DataError`.
     """
     check_tokenizer(tokenizer, model.config.get_text_config().vocab_size)
-    files = {file.stem: list(_read(file, limit)) for file in _files(Path(path).expanduser())}
+    files = read_pairs(path, limit)
     sentences = [sentence for pairs in files.values() for pair in pairs for sentence in pair]
     scores = iter(_scores(model, tokenizer, sentences, batch_tokens, progress))
     per_file = {name: [next(scores) > next(scores) for _ in pairs] for name, pairs in files.items()}
     total = _accuracy([right for found in per_file.values() for right in found])
     by_file = {name: _accuracy(found) for name, found in per_file.items()}
     return MinimalPairs(total.accuracy, total.standard_error, total.pairs, by_file)
+
+
+def read_pairs(path: str | Path, limit: int | None = None) -> dict[str, list[tuple[str, str]]]:
+    """The pairs of every file, by its name without suffix. Raises `DataError` for what is missing or no pair."""
+    return {file.stem: list(_read(file, limit)) for file in _files(Path(path).expanduser())}
 
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int:

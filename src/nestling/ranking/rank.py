@@ -45,8 +45,7 @@ def rank(
 
     Raises `NestlingError` for an unknown metric, `DataError` when there are no batches.
     """
-    if layers not in LAYER_METRICS:
-        raise NestlingError(f"'{layers}' is not a layer metric: choose from {', '.join(LAYER_METRICS)}")
+    check_layer_metric(layers, greedy_layers)
     anatomy = Anatomy.of(model)
     chosen = dict.fromkeys(anatomy.axes, metric) if isinstance(metric, str) else dict(metric or {})
     names = {axis.field: axis.metric for axis in anatomy.axes.values()} | {
@@ -68,6 +67,16 @@ def rank(
         "model_type": anatomy.architecture.model_type,
     }
     return Ranking(scores, info)
+
+
+def check_layer_metric(layers: str, greedy_layers: int = 0) -> None:
+    """Raises `NestlingError` for a layer metric that does not exist, or cannot be used greedily."""
+    if layers not in LAYER_METRICS:
+        raise NestlingError(f"'{layers}' is not a layer metric: choose from {', '.join(LAYER_METRICS)}")
+    if greedy_layers < 0:
+        raise NestlingError(f"greedy_layers {greedy_layers} is not possible: give at least 0")
+    if greedy_layers and layers not in DAMAGES:
+        raise NestlingError(f"greedy_layers needs a metric that leaves layers out: choose from {', '.join(DAMAGES)}")
 
 
 def _aggregated(axis: Axis, text: str, over_batch: str | None, over_sequence: str | None) -> Metric:

@@ -21,10 +21,11 @@ from nestling import evaluate, hub
 from nestling.anatomy import Anatomy
 from nestling.data import batches, documents
 from nestling.distill import DistillSettings, distill
+from nestling.evaluate.pairs import read_pairs
 from nestling.ranking import Ranking, rank
 from nestling.recipes.progress import bar
 from nestling.recipes.run import KeptFigures, Run
-from nestling.recipes.settings import ShapeSettings, at_least, listed
+from nestling.recipes.settings import ShapeSettings, at_least, check_metrics, listed
 from nestling.recipes.shapes import Ground, Target
 from nestling.recipes.source import Source, in_batches
 from nestling.recipes.summary import summarize
@@ -32,6 +33,7 @@ from nestling.search import Candidate, Trial, token_loss
 from nestling.shape import Shape
 from nestling.surgery import prune
 from nestling.surgery.choose import check_ranking
+from nestling.surgery.merge import check_merge
 from nestling.surgery.repair import Repair
 from nestling.train import documented
 
@@ -72,6 +74,12 @@ class ChildSettings(ShapeSettings):
     pairs: str | None = None
     overwrite: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("evaluation_tokens", self.evaluation_tokens, 1)
+        check_metrics(self.metric, self.layers)
+        check_merge(self.merge)
+
 
 class Parent:
     """The model that a job starts from and that teaches all of its children, with its texts and figures.
@@ -106,6 +114,8 @@ class Parent:
         evaluated = [(spec, "all") for spec in listed(getattr(settings, "evaluate_on", ""))]
         for spec, split in [(settings.data, "validation"), *evaluated]:
             documents(spec, split, tokenizer=self.tokenizer)
+        if getattr(settings, "pairs", None):
+            read_pairs(settings.pairs)
 
     def load(self, run: Run, name: str) -> PreTrainedModel:
         """A model that is kept in a run folder, where and how the parent is."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from nestling import hub
 from nestling.distill import DistillSettings, distill
+from nestling.errors import NestlingError
 from nestling.recipes.progress import console
 from nestling.recipes.run import Run
 from nestling.recipes.settings import ModelSettings
@@ -21,7 +22,7 @@ class DistillVerb(ModelSettings):
 
     Args:
         student: Folder of the model to train, as `nestling prune` wrote it.
-        teacher: Hub id, folder, GGUF file, or builtin:smollm2-135m-instruct.
+        teacher: Model to learn from: hub id, folder, GGUF file, or builtin:smollm2-135m-instruct.
         data: Training text: hub dataset, local file or folder, or builtin:stdlib.
         out: Run folder; metrics, checkpoints and the trained model go there.
         distill: Settings of the distillation.
@@ -29,7 +30,7 @@ class DistillVerb(ModelSettings):
     """
 
     student: str
-    teacher: str
+    teacher: str | None = None
     data: str = "builtin:stdlib"
     out: str = "runs/distill"
     distill: DistillSettings = field(default_factory=DistillSettings)
@@ -38,6 +39,8 @@ class DistillVerb(ModelSettings):
 
 def distill_model(settings: DistillVerb) -> dict[str, Any]:
     """Train the student, or go on with it; returns where the model is."""
+    if settings.teacher is None:
+        raise NestlingError("distill needs a model to learn from: give --teacher, such as the model that was pruned")
     teacher = Source.open(settings, "teacher")
     student, tokenizer = load(settings, settings.student)
     run = Run("distill", settings, settings.out, settings.overwrite)

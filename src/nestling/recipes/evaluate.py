@@ -96,7 +96,10 @@ def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
 
 def bench(settings: BenchSettings) -> dict[str, Any]:
     """Measure prefill and decode speed, interleaved in one process; returns the figures of each model."""
-    models = {name: load(settings, name)[0] for name in listed(settings.models)}
+    names = listed(settings.models)
+    if not names:
+        raise DataError("bench has nothing to measure: give at least one model")
+    models = {name: load(settings, name)[0] for name in names}
     with bar("rounds", settings.rounds + 1) as advance:
         found = evaluate.speed(
             models,

@@ -12,6 +12,7 @@ from nestling import hub
 from nestling.anatomy import Anatomy
 from nestling.cost import Cost, cost
 from nestling.recipes.progress import console
+from nestling.recipes.settings import at_least
 from nestling.report.human import count, size
 from nestling.shape import Shape
 
@@ -37,6 +38,8 @@ class InspectSettings:
 
 def inspect(settings: InspectSettings) -> dict[str, Any]:
     """Print the axes and costs of a model; returns them."""
+    for name in ("context", "batch"):
+        at_least(name, getattr(settings, name), 1)
     config = hub.config(settings.model, trust_remote_code=settings.trust_remote_code)
     anatomy = Anatomy.of(config)
     whole = cost(anatomy, None, settings.context, settings.batch)

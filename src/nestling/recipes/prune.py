@@ -21,6 +21,7 @@ from nestling.report.human import count
 from nestling.search import describe
 from nestling.surgery import prune
 from nestling.surgery.choose import check_ranking
+from nestling.surgery.merge import check_merge
 from nestling.surgery.repair import Repair
 from nestling.train import documented
 
@@ -59,6 +60,7 @@ def prune_model(settings: PruneSettings) -> dict[str, Any]:
         raise TargetError("prune takes either --to or --shape: say --to 0.5x, or --shape intermediate_size=1152")
     if Path(settings.out).exists() and not settings.overwrite:
         raise CheckpointError(f"'{settings.out}' exists: name another folder with --out, or give --overwrite")
+    check_merge(settings.merge)
     given = Ranking.load(settings.ranking) if settings.ranking else None
     source = Source.open(settings)
     if given is not None:

@@ -11,8 +11,8 @@ from rich.table import Table
 from nestling.anatomy import Anatomy
 from nestling.ranking import Ranking, rank
 from nestling.recipes.progress import bar, console
-from nestling.recipes.run import write_atomically
-from nestling.recipes.settings import CalibrationSettings
+from nestling.recipes.run import check_place, write_atomically
+from nestling.recipes.settings import CalibrationSettings, at_least, check_metrics
 from nestling.recipes.source import Source, in_batches
 from nestling.train import documented
 
@@ -47,6 +47,9 @@ class RankSettings(CalibrationSettings):
 
 def rank_model(settings: RankSettings) -> dict[str, Any]:
     """Rank a model and write the ranking; returns where it is and what it covers."""
+    at_least("batch_size", settings.batch_size, 1)
+    check_metrics(settings.metric, settings.layers, settings.greedy_layers)
+    check_place(Path(settings.out))
     source = Source.open(settings)
     rows = source.calibration(settings, settings.tokens)
     with bar("tokens", rows.numel()) as advance:

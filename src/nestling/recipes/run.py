@@ -6,6 +6,7 @@ Results are written beside their final name and renamed, so none is ever half th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from safetensors import SafetensorError
 
 from nestling.errors import CheckpointError
 
@@ -135,14 +137,24 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary sibling, then give it its name; nothing is left when it fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"'{path}' cannot be written ({error.strerror or error}): make room or name another place"
+            f"'{path}' cannot be written ({getattr(error, 'strerror', None) or error}): make room or name another place"
         ) from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def check_place(path: Path) -> None:
+    """Find out before long work whether a file can be written there. Raises `CheckpointError`."""
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        problem = "it is a folder" if path.is_dir() else f"'{above}' is not a folder that may be written to"
+        raise CheckpointError(f"'{path}' cannot be written ({problem}): name another file with --out")

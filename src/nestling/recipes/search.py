@@ -13,7 +13,7 @@ from nestling.distill import DistillSettings
 from nestling.ranking import Ranking
 from nestling.recipes.child import Origin, Parent
 from nestling.recipes.progress import Stages, console
-from nestling.recipes.run import Run, write_atomically
+from nestling.recipes.run import Run, check_place, write_atomically
 from nestling.recipes.settings import ShapeSettings
 from nestling.recipes.shapes import checked
 from nestling.recipes.summary import heading
@@ -57,6 +57,7 @@ def search(settings: SearchSettings) -> dict[str, Any]:
     given = Ranking.load(settings.ranking) if settings.ranking else None
     file = Path(settings.out)
     folder = file.with_suffix("") if file.suffix == ".json" else file
+    check_place(folder / "shape.json")
     run = parent.run = Run("search", settings, folder, settings.overwrite)
     origin, stages = Origin(parent, parent.model, run, given), Stages(2)
     with stages("rank every axis on calibration text" if given is None else "take the given ranking"):

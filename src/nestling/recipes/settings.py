@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nestling.errors import NestlingError
+from nestling.ranking.metrics import find_metric
+from nestling.ranking.rank import check_layer_metric
 from nestling.train import documented
 
 
@@ -74,6 +76,13 @@ def at_least(name: str, value: int, least: int) -> None:
     """Raises `NestlingError` for a number below what is possible."""
     if value < least:
         raise NestlingError(f"{name} {value} is not possible: give at least {least}")
+
+
+def check_metrics(metric: str | None, layers: str, greedy_layers: int = 0) -> None:
+    """Raises `NestlingError` for importance metrics that do not exist or do not go together."""
+    if metric is not None:
+        find_metric(metric.partition("@")[0])
+    check_layer_metric(layers, greedy_layers)
 
 
 def listed(value: str | list[str]) -> list[str]:

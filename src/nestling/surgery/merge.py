@@ -31,14 +31,19 @@ def merge_heads(
 
     Raises `NestlingError` for an unknown merge, `ShapeError` when fewer than half of a group's heads are kept.
     """
-    if merge not in MERGES:
-        raise NestlingError(f"merge='{merge}' is not known: choose none, {' or '.join(MERGES)}")
+    check_merge(merge)
     result = {}
     for axis in anatomy.axes.values():
         if axis.merges and axis.field in ranking.scores:
             for spec in _producers(anatomy, axis, selection.form.layers):
                 result[spec.name] = _merged(weights[spec.name], spec, axis, ranking, selection, MERGES[merge])
     return result
+
+
+def check_merge(merge: str) -> None:
+    """Raises `NestlingError` for a merge that does not exist."""
+    if merge != "none" and merge not in MERGES:
+        raise NestlingError(f"merge='{merge}' is not known: choose none, {' or '.join(MERGES)}")
 
 
 def pairs(heads: list[int], kept: int) -> list[tuple[int, int]]:
