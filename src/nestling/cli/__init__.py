@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from nestling.cli.job import Job
 from nestling.errors import NestlingError
 
 # What the file system refuses anywhere is the user's to mend; other errors of the system are bugs.
@@ -36,22 +37,24 @@ VERBS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    job = Job()
     try:
-        return _run(arguments)
+        with job.running():
+            return _run(arguments)
     except NestlingError as error:
-        return _refuse(str(error))
+        return _refuse(job, str(error))
     except OSError as error:
         if error.errno not in PLACE_ERRORS:
             raise
         what = f"'{error.filename}'" if error.filename else "a file"
-        return _refuse(f"{what} cannot be written or read ({error.strerror}): make room, or mend its rights")
+        return _refuse(job, f"{what} cannot be written or read ({error.strerror}): make room, or mend its rights")
     except KeyboardInterrupt:
-        print("nestling: interrupted; run the same command again to continue", file=sys.stderr)
+        job.say("nestling: interrupted; run the same command again to continue")
         return 130
 
 
-def _refuse(sentence: str) -> int:
-    print(f"nestling: {' '.join(sentence.split())}", file=sys.stderr)
+def _refuse(job: Job, sentence: str) -> int:
+    job.say(f"nestling: {' '.join(sentence.split())}")
     return 2
 
 

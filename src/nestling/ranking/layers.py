@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nestling import processes
 from nestling.anatomy import Anatomy, decoder, logits_head
 from nestling.anatomy.bypass import evaluating
 from nestling.errors import NestlingError
@@ -75,12 +76,12 @@ def leave_one_out(
     totals[candidates] = 0
     tokens = 0
     with evaluating(model):
-        for batch in batches:
+        for batch in processes.share(batches):
             for part in _few_rows(batch, model.device):
                 found, counted = _damages(model, anatomy, part, DAMAGES[damage], candidates, gone, progress)
                 totals[candidates] += found
                 tokens += counted
-    return totals / max(1, tokens)
+    return processes.summed(totals) / max(1, int(processes.summed(torch.tensor(tokens))))
 
 
 def greedy(

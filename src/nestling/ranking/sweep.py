@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from nestling import processes
 from nestling.anatomy import Anatomy, Axis, Place, decoder
 from nestling.anatomy.bypass import evaluating
 from nestling.anatomy.notation import Dimension, Sizes
@@ -54,17 +55,16 @@ def sweep(
     """
     anatomy = Anatomy.of(model)
     watch = _Watch(anatomy, metrics)
-    tokens = 0
     with watch.on(model), evaluating(model):
-        for batch in batches:
+        for batch in processes.share(batches):
             inputs = watch.begin(batch, model.device)
             decoder(model)(**inputs, use_cache=False)
-            tokens += watch.tokens
             if progress is not None:
-                progress(watch.tokens)
-    if not tokens:
+                progress(watch.tokens * processes.count())
+    watch.merge(model.device)
+    if not watch.seen:
         raise DataError("the calibration data has no batches: give at least one with input_ids [batch, seq]")
-    return Measured(watch.unit_scores(), watch.influence(), tokens)
+    return Measured(watch.unit_scores(), watch.influence(), watch.seen)
 
 
 class _Watch:
@@ -82,7 +82,7 @@ class _Watch:
             for place in anatomy.places(anatomy.axis(axis), layer, metric.at)
         }
         self._similarity = [torch.zeros((), dtype=torch.float64) for _ in range(anatomy.num_layers)]
-        self._seen = 0
+        self.seen = 0
 
     def begin(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
         """Note the batch's padding; returns what the model is called with."""
@@ -91,7 +91,7 @@ class _Watch:
         padded = mask is not None and not bool(mask.all())
         self._mask = mask[..., None].float() if padded and mask is not None else None
         self.tokens = int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
-        self._seen += self.tokens
+        self.seen += self.tokens
         return inputs
 
     @contextmanager
@@ -139,6 +139,13 @@ class _Watch:
 
         return hook
 
+    def merge(self, device: torch.device) -> None:
+        """Add up what all processes saw."""
+        self.seen = int(processes.summed(torch.tensor(self.seen)))
+        self._similarity = list(processes.summed(torch.stack(self._similarity)))
+        for (axis, layer, _), aggregate in self._units.items():
+            aggregate.merge(self.anatomy.units(self.anatomy.axis(axis), layer), device)
+
     def unit_scores(self) -> dict[str, list[Tensor]]:
         """Axis field -> for each layer the sum or product of its places' scores (empty where it is not read)."""
         scores = {field: [torch.zeros(0)] * self.anatomy.num_layers for field in self.metrics}
@@ -151,7 +158,7 @@ class _Watch:
 
     def influence(self) -> Tensor:
         """Block influence, 1 - E[cos(input, output)] `[num_layers]` (ShortGPT, arXiv 2403.03853)."""
-        return 1 - torch.stack(self._similarity) / max(1, self._seen)
+        return 1 - torch.stack(self._similarity) / max(1, self.seen)
 
 
 def _part(dimension: Dimension, number: int, sizes: Sizes) -> tuple[Dimension, slice]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nestling import evaluate, hub
+from nestling import evaluate, hub, processes
 from nestling.anatomy import Anatomy
 from nestling.data import batches, documents
 from nestling.distill import DistillSettings, distill
@@ -246,7 +246,14 @@ class Child:
         return self.parent.load(self.run, "model")
 
     def evaluate(self) -> dict[str, Any]:
-        """Perplexities of all three, minimal pairs, speed side by side, and samples; what is kept is not done again."""
+        """Perplexities of all three, minimal pairs, speed side by side, and samples; what is kept is not done again.
+
+        Of several processes the first does it, while the others wait.
+        """
+        found: dict[str, Any] = processes.first(self._evaluate)
+        return found
+
+    def _evaluate(self) -> dict[str, Any]:
         parent, run = self.parent, self.run
         models: dict[str, Callable[[], PreTrainedModel]] = {
             "pruned": partial(parent.load, run, "pruned"),
@@ -262,7 +269,10 @@ class Child:
         return {"scores": scores, "speed": speed, "samples": samples}
 
     def summary(self, results: dict[str, Any]) -> dict[str, Any]:
-        return self.run.values("summary.json", lambda: summarize(self, results))
+        found: dict[str, Any] = processes.first(
+            lambda: self.run.values("summary.json", lambda: summarize(self, results))
+        )
+        return found
 
     def _scores(self, name: str, model: Callable[[], PreTrainedModel]) -> dict[str, Any]:
         return self.parent.scores(name, model())
@@ -280,5 +290,6 @@ class Child:
 
     def _once(self, name: str, make: Callable[[], PreTrainedModel]) -> None:
         """Make a model and keep it under `name`, unless it is there."""
-        if not self.run.path(name).exists():
-            hub.save(make(), self.run.path(name), self.parent.tokenizer)
+        if not self.run.has(name):
+            model = make()
+            processes.first(lambda: str(hub.save(model, self.run.path(name), self.parent.tokenizer)))

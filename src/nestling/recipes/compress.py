@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from nestling import processes
 from nestling.recipes.child import Child, ChildSettings, Origin, Parent
 from nestling.recipes.progress import Stages, console
 from nestling.recipes.run import Run
@@ -60,8 +61,12 @@ def compress(settings: CompressSettings) -> dict[str, Any]:
         results = child.evaluate()
     with stages("write the report"):
         summary = child.summary(results)
-        write_model_card(run.folder)
-        report = write_report(run.folder)
+        report = processes.first(lambda: _report(run))
     console.print(comparison(summary))
     console.print(f"report: {report}\nmodel:  {run.path('model')}")
     return summary
+
+
+def _report(run: Run) -> str:
+    write_model_card(run.folder)
+    return str(write_report(run.folder))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from nestling import hub
+from nestling import hub, processes
 from nestling.distill import DistillSettings, distill
 from nestling.errors import NestlingError
 from nestling.recipes.progress import console
@@ -45,8 +45,8 @@ def distill_model(settings: DistillVerb) -> dict[str, Any]:
     student, tokenizer = load(settings, settings.student)
     run = Run("distill", settings, settings.out, settings.overwrite)
     target = run.path("model")
-    if not target.exists():
+    if not run.has("model"):
         child = distill(student, teacher.model, settings.data, teacher.tokenizer, settings.distill, run_dir=run.folder)
-        hub.save(child, target, tokenizer or teacher.tokenizer)
+        processes.first(lambda: str(hub.save(child, target, tokenizer or teacher.tokenizer)))
     console.print(f"model: {target}")
     return {"model": str(target), "tokens": settings.distill.tokens}

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import Progress
 
+from nestling import processes
 from nestling.train.callbacks import bar_columns
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, quiet=not processes.is_first())
 
 
 class Stages:
@@ -34,7 +35,8 @@ class Stages:
 @contextmanager
 def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar; yields the function that advances it. Without a terminal only its end is printed."""
-    with Progress(*bar_columns(console), console=console, transient=True, disable=not console.is_terminal) as progress:
+    hidden = console.quiet or not console.is_terminal
+    with Progress(*bar_columns(console), console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task(what, total=total)
         yield lambda amount: progress.advance(task, amount)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nestling import hub
+from nestling import hub, processes
 from nestling.anatomy import Anatomy
 from nestling.cost import cost
 from nestling.errors import CheckpointError, TargetError
@@ -71,7 +71,7 @@ def prune_model(settings: PruneSettings) -> dict[str, Any]:
     repair = Repair(source.model, in_batches(text)) if settings.repair else None
     shape = Ground(source.model, settings, ranking, text, repair).candidates(target)[0].shape
     child = prune(source.model, ranking, shape, settings.merge, repair)
-    hub.save(child, settings.out, source.tokenizer, overwrite=settings.overwrite)
+    processes.first(lambda: str(hub.save(child, settings.out, source.tokenizer, overwrite=settings.overwrite)))
     console.print(f"{describe(shape)}\nmodel: {settings.out} ({count(child.num_parameters())} parameters)")
     return {
         "model": settings.out,

@@ -1,7 +1,8 @@
 """One run, one folder: settings written first, then the result of each stage as soon as it is there.
 
 A stage whose result is in the folder is read back and not done again, so an interrupted job goes on where it stopped.
-Results are written beside their final name and renamed, so none is ever half there. Knows nothing of the stages.
+Results are written beside their final name and renamed, so none is ever half there. Of several processes the first
+writes, and all read; the folder must be one that all of them see. Knows nothing of the stages.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 import yaml
 from safetensors import SafetensorError
 
+from nestling import processes
 from nestling.errors import CheckpointError
 
 T = TypeVar("T")
@@ -35,15 +37,19 @@ class Run:
         self.folder = Path(folder)
         self.verb = verb
         self.settings = {"verb": verb, **dataclasses.asdict(settings)}
-        self._open(overwrite)
+        processes.first(lambda: self._open(overwrite))
 
     def path(self, name: str) -> Path:
         return self.folder / name
 
+    def has(self, name: str) -> bool:
+        """Whether that is in the folder already; the same answer for all processes."""
+        return processes.first(self.path(name).exists)
+
     def stage(self, name: str, make: Callable[[], T], save: Callable[[T, Path], Any], load: Callable[[Path], T]) -> T:
         """The result kept under `name`, or what `make` returns, saved first."""
         path = self.path(name)
-        if path.exists():
+        if self.has(name):
             return load(path)
         result = make()
         write_atomically(path, lambda temporary: save(result, temporary))
@@ -100,7 +106,7 @@ class KeptFigures(MutableMapping[str, float]):
 
     def __init__(self, path: Path):
         self._path = path
-        self._figures: dict[str, float] = read_json(path) if path.exists() else {}
+        self._figures: dict[str, float] = processes.first(lambda: read_json(path) if path.exists() else {})
 
     def __getitem__(self, name: str) -> float:
         return self._figures[name]
@@ -134,7 +140,14 @@ def read_json(path: Path) -> Any:
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary sibling, then give it its name; nothing is left when it fails."""
+    """Let `write` fill a temporary sibling, then give it its name; nothing is left when it fails.
+
+    Of several processes the first writes, while the others wait.
+    """
+    processes.first(lambda: _write(path, write))
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from nestling import processes
 from nestling.cost import cost
 from nestling.distill import DistillSettings
 from nestling.ranking import Ranking
@@ -67,8 +68,9 @@ def search(settings: SearchSettings) -> dict[str, Any]:
     summary = run.values("summary.json", lambda: _summary(parent, settings, found))
     shape = file if file.suffix == ".json" else run.path("shape.json")
     write_atomically(shape, found[0].shape.save)
+    report = processes.first(lambda: str(write_report(run.folder)))
     console.print(_table(found, summary["parent"]["cost"]["params"]))
-    console.print(f"best shape: {shape}\nreport: {write_report(run.folder)}")
+    console.print(f"best shape: {shape}\nreport: {report}")
     return {"shape": found[0].shape.to_dict(), "file": str(shape), "candidates": [one.to_dict() for one in found]}
 
 

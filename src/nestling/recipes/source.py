@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from nestling import data, hub
+from nestling import data, hub, processes
 from nestling.errors import DataError
 from nestling.recipes.progress import bar
 from nestling.recipes.settings import CalibrationSettings, ModelSettings
 
 
 def load(settings: ModelSettings, where: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """`hub.load` with the settings' dtype, device and trust."""
+    """`hub.load` with the settings' dtype, device and trust; each of several processes uses its own device."""
     return hub.load(
         where,
         dtype=settings.dtype,
-        device=settings.device,
+        device=settings.device or processes.device(),
         trust_remote_code=settings.trust_remote_code,
     )
 
@@ -47,7 +47,10 @@ class Source:
         return cls(model.eval().requires_grad_(False), tokenizer)
 
     def calibration(self, settings: CalibrationSettings, tokens: int) -> Tensor:
-        """Token ids `[rows, context]` of the settings' data and of the model's own text."""
+        """Token ids `[rows, context]` of the settings' data and of the model's own text; made once, for all processes."""
+        return processes.tensors(lambda: {"input_ids": self._calibration(settings, tokens)})["input_ids"]
+
+    def _calibration(self, settings: CalibrationSettings, tokens: int) -> Tensor:
         options: dict[str, Any] = {"context": settings.context, "seed": settings.seed, "generated": settings.generated}
         with bar("calibration text, tokens", round(settings.generated * tokens)) as advance:
             parts = data.calibration(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nestling import processes
 from nestling.anatomy.bypass import evaluating
 from nestling.cost import Cost
 from nestling.errors import NestlingError
@@ -77,16 +78,20 @@ class Losses:
 
 
 def token_loss(batches: Iterable[Batch], chunk: int = 512) -> Loss:
-    """A function from a model to its cross-entropy, nats per token; logits exist for `chunk` tokens at a time."""
+    """A function from a model to its cross-entropy, nats per token; logits exist for `chunk` tokens at a time.
+
+    Several processes share the rows of each batch and get the same loss.
+    """
     kept = list(batches)
 
     def loss(model: PreTrainedModel) -> float:
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         with evaluating(model):
-            for batch in kept:
+            for batch in processes.share(kept):
                 ids = batch["input_ids"].to(model.device)
                 total += token_losses(model, ids[:, :-1], ids[:, 1:], chunk).sum(dtype=torch.float64).item()
                 count += ids[:, 1:].numel()
+        total, count = processes.summed(torch.tensor([total, count], dtype=torch.float64)).tolist()
         return total / max(1, count)
 
     return loss

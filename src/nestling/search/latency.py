@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from nestling import processes
 from nestling.anatomy import Anatomy
 from nestling.errors import CheckpointError
 from nestling.hub.builtin import cache
@@ -112,14 +113,19 @@ def table(
     work: Work | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Table:
-    """The table of a parent on this machine, measured unless it was before. progress: told of every model timed."""
+    """The table of a parent on this machine, measured unless it was before. progress: told of every model timed.
+
+    Of several processes the first measures, and all have its times.
+    """
     work = work or Work()
     path = _file(anatomy, device, dtype, work)
-    if path.exists():
-        return _read(path, work)
-    found = Table(work, measure(anatomy, device, dtype, work, progress))
-    _write(path, found)
-    return found
+
+    def rows() -> dict[str, Any]:
+        if not path.exists():
+            _write(path, Table(work, measure(anatomy, device, dtype, work, progress)))
+        return _read(path)
+
+    return Table(work, _samples(processes.first(rows)))
 
 
 # ---- keeping
@@ -141,16 +147,21 @@ def _machine(device: torch.device) -> str:
     return f"{device.type} {platform.machine()} {names[0] if names else ''} {torch.get_num_threads()} threads"
 
 
-def _read(path: Path, work: Work) -> Table:
+def _samples(rows: dict[str, Any]) -> dict[str, list[Sample]]:
+    return {
+        name: [Sample(tuple(s["sizes"]), tuple(s["reads"]), s["seconds"]) for s in measured]
+        for name, measured in rows.items()
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The times of every part as they are kept."""
     try:
-        found = json.loads(path.read_text())["samples"]
-        samples = {
-            name: [Sample(tuple(s["sizes"]), tuple(s["reads"]), s["seconds"]) for s in rows]
-            for name, rows in found.items()
-        }
+        found: dict[str, Any] = json.loads(path.read_text())["samples"]
+        _samples(found)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the latency table '{path}' is damaged: delete it, and it is measured anew") from error
-    return Table(work, samples)
+    return found
 
 
 def _write(path: Path, found: Table) -> None:

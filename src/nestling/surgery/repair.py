@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from nestling import processes
 from nestling.anatomy import Anatomy, decoder
 from nestling.anatomy.bypass import evaluating
 from nestling.errors import DataError
@@ -196,13 +197,36 @@ class _Watch:
             for layer in sorted(self.found.keys() | self.runs.keys()):
                 hook = self.layers[layer].register_forward_hook(self._leave(layer), with_kwargs=True)
                 hooks.callback(hook.remove)
-            for batch in batches:
+            for batch in processes.share(batches):
                 inputs = {k: batch[k].to(self.model.device) for k in ("input_ids", "attention_mask") if k in batch}
                 self._mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
                 decoder(self.model)(**inputs, use_cache=False)
                 if progress is not None:
-                    progress(inputs["input_ids"].numel())
+                    progress(inputs["input_ids"].numel() * processes.count())
+        self._merge()
         return self.found
+
+    def _merge(self) -> None:
+        """Add up what all processes saw; the readers in the order in which the first process called them."""
+        if processes.count() == 1:
+            return
+        called = processes.first(lambda: [list(self.found[layer].inputs) for layer in sorted(self.found)])
+        for layer, names in zip(sorted(self.found), called, strict=True):
+            found = self.found[layer]
+            shapes = {name: self.model.get_parameter(name).shape for name in names}
+            found.inputs = {
+                name: self._total(found.inputs.get(name), shapes[name][1], shapes[name][1]) for name in names
+            }
+            ends = [end for end in sorted(self.runs) if layer in self.runs[end]]
+            out, width = shapes[names[-1]]
+            found.added = {end: self._total(found.added.get(end), width, out) for end in ends}
+            found.products = processes.summed(found.products)
+
+    def _total(self, moment: Tensor | None, *shape: int) -> Tensor:
+        """The sum of a moment over all processes, of which this one may have seen nothing."""
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        own = torch.zeros(shape, dtype=dtype, device=self.model.device) if moment is None else moment
+        return processes.summed(own).to(dtype)
 
     def _tokens(self, values: Tensor) -> Tensor:
         """`[batch, seq, dim]` -> `[tokens, dim]` of at least float32: squares of half precision overflow."""

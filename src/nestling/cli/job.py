@@ -1,0 +1,122 @@
+"""A command that runs in several processes: one voice, one exit code, and a quick end when a process is lost.
+
+Only the first process prints. A mistake in the input is one sentence, whichever process meets it, and all leave with
+the same code. When a process dies, the launcher ends the others (SIGTERM) or their connection to it breaks; either
+way one sentence says so and the process leaves, also from within a collective call that would wait for ever. With one
+process nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+from nestling import processes
+
+LOST = "nestling: a process of this job was lost; run the same command again to go on from its last checkpoint"
+GRACE_S = 5  # how long processes wait for each other before they leave
+BROKEN = ("connection", "broken pipe", "nccl", "socket", "peer")
+
+
+class Job:
+    """The processes of one command, as one of them sees them."""
+
+    def __init__(self) -> None:
+        self.several = processes.count() > 1
+        self._store: Any = None
+        self._end: Any = None
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Processes are connected and, except for the first, silent; raises `SystemExit` when one is lost."""
+        if not self.several:
+            yield
+            return
+        self._store = processes.start()
+        self._watch()
+        with contextlib.ExitStack() as silence:
+            if not processes.is_first():
+                silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            try:
+                yield
+            except SystemExit:
+                self._leave_together()
+                raise
+            except Exception as error:
+                if not _connection_broke(error):
+                    raise
+                silence.close()
+                self._say_lost()
+                raise SystemExit(1) from None
+
+    def say(self, sentence: str) -> None:
+        """Print a sentence on stderr, once for all processes that have come to it, and let all leave together."""
+        if self._store is None:
+            print(sentence, file=sys.stderr, flush=True)
+            return
+        if processes.is_first():
+            print(sentence, file=sys.stderr, flush=True)
+            self._store.set("said", "yes")
+        elif not self._told():
+            print(f"{sentence} (process {processes.number()})", file=sys.stderr, flush=True)
+            return
+        self._leave_together()
+
+    def _told(self) -> bool:
+        """Whether the first process has come to say it too."""
+        try:
+            self._store.wait(["said"], timedelta(seconds=GRACE_S))
+        except RuntimeError:
+            return False
+        return True
+
+    def _leave_together(self) -> None:
+        """The launcher ends the others as soon as one has left, so none leaves before all are ready to."""
+        until = time.monotonic() + GRACE_S
+        with contextlib.suppress(RuntimeError):
+            self._store.add("ready", 1)
+            while self._store.add("ready", 0) < processes.count() and time.monotonic() < until:
+                time.sleep(0.05)
+
+    def _watch(self) -> None:
+        """Leave at SIGTERM from a thread of its own: the main one may be inside a call that never returns."""
+        reader, self._end = socket.socketpair()
+        self._end.setblocking(False)
+        signal.signal(signal.SIGTERM, lambda number, frame: None)  # Python then writes the number to the socket
+        signal.set_wakeup_fd(self._end.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._wait_for_the_end, args=(reader,), daemon=True).start()
+
+    def _wait_for_the_end(self, reader: socket.socket) -> None:
+        while signal.SIGTERM not in reader.recv(1):
+            pass
+        self._say_lost()
+        os._exit(1)
+
+    def _say_lost(self) -> None:
+        """Whichever process finds out first says it; where even that cannot be known, this one does."""
+        try:
+            heard = self._store.add("lost", 1) > 1 or self._store.check(["said"])
+        except RuntimeError:
+            heard = False
+        if not heard:
+            print(LOST, file=sys.__stderr__, flush=True)
+
+
+def _connection_broke(error: Exception) -> bool:
+    """Whether a collective call failed because a process at its other end is gone."""
+    from torch import distributed
+
+    if isinstance(error, distributed.DistError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(word in text for word in BROKEN)

@@ -1,0 +1,166 @@
+"""Several processes that work on one job: who is first, sums over all of them, and what the first makes for the rest.
+
+`torchrun` and `accelerate launch` start a program many times and say so in its environment; without them there is one
+process, and nothing here does anything. Every process runs the same program on the same input: batches are shared out
+by rows, sums are added up in float64, and the first process alone makes texts, writes files and prints. What it
+refuses, all refuse. Knows nothing of models; what happens around a whole job is in `nestling.cli.job`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load as tensors_of
+from safetensors.torch import save as bytes_of
+from torch import Tensor
+
+from nestling import errors
+from nestling.errors import NestlingError
+
+# How long one process may work while the others wait for it. A process that is lost is noticed at once, by its closed
+# connections and by the launcher; this only bounds a job that hangs.
+PATIENCE = timedelta(hours=6)
+
+T = TypeVar("T")
+_alone = False
+
+
+def count() -> int:
+    """How many processes work on this job."""
+    return 1 if _alone else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def number() -> int:
+    """Which of them this is, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return _alone or number() == 0
+
+
+def device() -> torch.device | None:
+    """The accelerator of this process where each has one of its own; None otherwise."""
+    if count() == 1 or not torch.cuda.is_available():
+        return None
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def start() -> dist.Store | None:
+    """Connect the processes, unless they are; returns the store they share if this call made it."""
+    if count() == 1 or dist.is_initialized():
+        return None
+    own = device()
+    if own is not None:
+        torch.cuda.set_device(own)
+    store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
+    backend = "cuda:nccl,cpu:gloo" if own is not None else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+    return store
+
+
+def share(batches: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """This process's rows of each batch `[batch, ...]`; a batch of which it has none is left out.
+
+    Every row is in exactly one process. Which one changes from batch to batch, so that small batches are shared too.
+    """
+    parts = count()
+    for index, batch in enumerate(batches):
+        mine = {name: rows.tensor_split(parts)[(number() + index) % parts] for name, rows in batch.items()}
+        if parts == 1:
+            yield dict(batch)
+        elif all(len(rows) for rows in mine.values()):
+            yield mine
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum over all processes, in float64 `[...]`, on the tensor's device; the same in every process."""
+    total = tensor.double()
+    if count() == 1:
+        return total
+    start()
+    where = _meeting_place(total)
+    total = total.to(where, copy=True).contiguous()
+    dist.all_reduce(total)
+    return total.to(tensor.device)
+
+
+def first(make: Callable[[], T]) -> T:
+    """What `make` returns in the first process, in all of them; the others wait. Plain values, as JSON holds them.
+
+    A `NestlingError` that the first process raises is raised by all.
+    """
+    if count() == 1:
+        return make()
+    return json.loads(_from_first(lambda: json.dumps(make()).encode()))  # type: ignore[no-any-return]
+
+
+def tensors(make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """As `first`, for tensors by name; they arrive on the CPU."""
+    if count() == 1:
+        return dict(make())
+    return tensors_of(_from_first(lambda: bytes_of({name: t.cpu().contiguous() for name, t in make().items()})))
+
+
+def _from_first(make: Callable[[], bytes]) -> bytes:
+    """What the first process makes, as bytes; or the error that it met."""
+    start()
+    content, error = b"", None
+    if is_first():
+        try:
+            with _on_its_own():
+                content = make()
+        except BaseException as met:
+            error = met
+    told = [] if error is None else [type(error).__name__, str(error)]
+    told = json.loads(_broadcast(json.dumps(told).encode()))
+    if error is not None:
+        raise error
+    if told:
+        raise _error(*told)
+    return _broadcast(content)
+
+
+def _broadcast(content: bytes) -> bytes:
+    size = torch.tensor([len(content)])
+    size = size.to(_meeting_place(size))
+    dist.broadcast(size, 0)
+    buffer = torch.empty(int(size), dtype=torch.uint8, device=size.device)
+    if is_first() and len(content):
+        buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+    dist.broadcast(buffer, 0)
+    return buffer.cpu().numpy().tobytes()
+
+
+def _error(kind: str, sentence: str) -> Exception:
+    """The first process's error as its own type, where it is one of ours."""
+    found: Any = getattr(errors, kind, None)
+    if isinstance(found, type) and issubclass(found, NestlingError):
+        return found(sentence)
+    return RuntimeError(f"the first process stopped with {kind}: {sentence}")
+
+
+@contextmanager
+def _on_its_own() -> Iterator[None]:
+    """While the others wait, this process is all there is."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+
+
+def _meeting_place(tensor: Tensor) -> torch.device:
+    """Where a tensor can be sent from: its own device if the processes are connected there, else the accelerator."""
+    if tensor.device.type == "cpu" and "gloo" not in dist.get_backend_config():
+        return torch.device("cuda", torch.cuda.current_device())
+    return tensor.device
