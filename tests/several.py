@@ -1,4 +1,4 @@
-"""Several processes for a test: forks of this one, connected by gloo, that each run a function and hand a result back."""
+"""Several processes for a test: forks of this one, connected by gloo, that each run a function."""
 
 import os
 import pickle
@@ -13,18 +13,27 @@ import torch
 
 
 def together(count: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `function(*arguments)` returns in each of `count` processes; an exception there is an AssertionError here."""
+    """What `function(*arguments)` returns in each of `count` processes; what it raises is an AssertionError here."""
+    found = outcomes(count, folder, function, *arguments)
+    assert all(code == 0 for code, _ in found), next(result for code, result in found if code)
+    return [result for _, result in found]
+
+
+def outcomes(count: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> list[tuple[int, Any]]:
+    """Exit code of each process, and what the function returned or raised there; None where it was killed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = [_fork(rank, count, port, folder, function, arguments) for rank in range(count)]
+    files = [folder / f"result-{rank}" for rank in range(count)]
+    for file in files:
+        file.unlink(missing_ok=True)
+    children = [_fork(rank, count, port, files[rank], function, arguments) for rank in range(count)]
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    results = [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(count)]
-    assert codes == [0] * count, next(result for result, code in zip(results, codes, strict=True) if code)
-    return results
+    results = [pickle.loads(file.read_bytes()) if file.exists() else None for file in files]
+    return list(zip(codes, results, strict=True))
 
 
-def _fork(rank: int, count: int, port: int, folder: Path, function: Callable[..., Any], arguments: tuple) -> int:
+def _fork(rank: int, count: int, port: int, file: Path, function: Callable[..., Any], arguments: tuple) -> int:
     child = os.fork()
     if child:
         return child
@@ -37,6 +46,6 @@ def _fork(rank: int, count: int, port: int, folder: Path, function: Callable[...
         code = 0
     except BaseException:
         result = traceback.format_exc()
-    (folder / f"result-{rank}").write_bytes(pickle.dumps(result))
+    file.write_bytes(pickle.dumps(result))
     sys.stdout.flush()
     os._exit(code)

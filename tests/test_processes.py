@@ -15,7 +15,7 @@ from tests.several import together
 
 
 def batches():
-    """Five rows, two rows and one, with padding: no process has the same rows of every batch, and one batch has none."""
+    """Five rows, two and one, with padding: some batch leaves a process without a row."""
     found = [token_batches(1, rows, 9, seed=rows)[0] for rows in (5, 2, 1)]
     mask = torch.ones_like(found[0]["input_ids"])
     mask[1, 6:] = 0

@@ -47,7 +47,7 @@ class Source:
         return cls(model.eval().requires_grad_(False), tokenizer)
 
     def calibration(self, settings: CalibrationSettings, tokens: int) -> Tensor:
-        """Token ids `[rows, context]` of the settings' data and of the model's own text; made once, for all processes."""
+        """Token ids `[rows, context]` of the settings' data and the model's own text, made once for all processes."""
         return processes.tensors(lambda: {"input_ids": self._calibration(settings, tokens)})["input_ids"]
 
     def _calibration(self, settings: CalibrationSettings, tokens: int) -> Tensor:

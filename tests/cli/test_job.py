@@ -1,0 +1,97 @@
+"""A command in several processes: it speaks once, all leave with one code, and a lost process ends it."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from nestling import hub, processes
+from nestling.cli import main
+from nestling.cli.job import LOST, Job
+from nestling.ranking import Ranking
+from tests.data import toy
+from tests.models import tiny
+from tests.several import outcomes, together
+
+
+def called(arguments):
+    """Exit code, and what this process printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
+        try:
+            code = main(arguments)
+        except SystemExit as left:
+            code = left.code
+    return code, printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "text.txt").write_text("".join(toy.TEXT) * 20)
+    hub.save(tiny("llama", vocab_size=toy.VOCAB), folder / "parent", toy.tokenizer())
+    return folder
+
+
+def rank_command(model, out):
+    text = {"data": model / "text.txt", "tokens": 96, "context": 12, "out": out, "dtype": "float64"}
+    options = [part for name, value in text.items() for part in (f"--{name}", str(value))]
+    return ["rank", str(model / "parent"), *options, "--json"]
+
+
+def test_rank_in_two_processes(model, tmp_path):
+    """The same ranking as in one, its text written by the model itself included; one file, one voice."""
+    alone = called(rank_command(model, tmp_path / "one"))
+    (code, printed), (other_code, silent) = together(2, tmp_path, called, rank_command(model, tmp_path / "two"))
+    assert (alone[0], code, other_code, silent) == (0, 0, 0, "")
+    assert json.loads(printed.splitlines()[-1])["tokens"] == json.loads(alone[1].splitlines()[-1])["tokens"]
+    one, two = (Ranking.load(tmp_path / name) for name in ("one", "two"))
+    torch.testing.assert_close(two.scores, one.scores, rtol=1e-9, atol=1e-12)
+
+
+def test_a_refused_input_is_one_sentence_once(model, tmp_path):
+    nowhere = called(["rank", str(tmp_path / "nowhere")])
+    found = together(2, tmp_path, called, ["rank", str(tmp_path / "nowhere")])
+    assert found == [nowhere, (2, "")]
+    assert nowhere[1].count("\n") == 1
+    command = ["rank", str(model / "parent"), "--data", "nowhere.txt"]  # only the first process reads text
+    (code, printed), silent = together(2, tmp_path, called, command)
+    assert (code, printed.count("does not exist"), silent) == (2, 1, (2, ""))
+    (code, printed), silent = together(2, tmp_path, called, ["rank"])
+    assert (code, silent) == (2, (2, ""))
+    assert printed
+
+
+def left_alone(file, end):
+    """The first process waits in a collective call for the second, which is gone."""
+    job = Job()
+    if processes.is_first():
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), 2)
+    with job.running():
+        first = processes.first(os.getpid)
+        if not processes.is_first():
+            os.kill(os.getpid() if end == "killed" else first, signal.SIGKILL if end == "killed" else signal.SIGTERM)
+            while _alive(first):  # not there, but not gone either
+                time.sleep(0.05)
+        processes.summed(torch.ones(1))
+
+
+@pytest.mark.parametrize("end", ["killed", "ended by the launcher"])
+def test_a_lost_process_ends_the_job(tmp_path, end):
+    """Its broken connection, or the launcher's signal while the main thread hangs: one sentence, exit code 1."""
+    (code, _), _ = outcomes(2, tmp_path, left_alone, tmp_path / "stderr", end)
+    assert code == 1
+    assert (tmp_path / "stderr").read_text().strip() == LOST
+
+
+def _alive(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
