@@ -100,7 +100,7 @@ def first(make: Callable[[], T]) -> T:
     """
     if count() == 1:
         return make()
-    return json.loads(_from_first(lambda: json.dumps(make()).encode()))  # type: ignore[no-any-return]
+    return json.loads(_from_first(lambda: json.dumps(make()).encode()))
 
 
 def tensors(make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
