@@ -87,7 +87,9 @@ class Architecture:
     keeps: blocks of which one layer always stays: where the others are removed, the model cannot use its cache.
     layer_tuples: whether a layer returns a tuple whose first item is its hidden state.
     derived: config fields that follow from the sizes, with the function that gives them; None leaves a field alone.
-    logits_divisor, logits_softcap: config fields by which logits are divided, and tanh-capped.
+    alike: width fields that have one value in all layers, because the model's own code needs it so.
+    layer_arguments: what a layer's class takes after the config and the layer's number.
+    logits_divisor, logits_factor, logits_softcap: config fields by which logits are divided, multiplied, tanh-capped.
     rescale: corrections that keep the function when an axis shrinks.
     depth_field: config field that holds the number of layers.
     """
@@ -112,7 +114,10 @@ class Architecture:
     keeps: tuple[str, ...] = ()
     layer_tuples: bool = False
     derived: Mapping[str, Callable[[Config], int | None]] = field(default_factory=dict)
+    alike: tuple[str, ...] = ()
+    layer_arguments: Callable[[Config, int], tuple[Any, ...]] | None = None
     logits_divisor: str | None = None
+    logits_factor: str | None = None
     logits_softcap: str | None = None
     rescale: tuple[Rescale, ...] = ()
     depth_field: str = "num_hidden_layers"
