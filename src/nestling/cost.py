@@ -72,7 +72,7 @@ def cost_of_form(
     anatomy: Anatomy, form: Form, context: int = 4096, batch: int = 1, dtype: torch.dtype | None = None
 ) -> Cost:
     """As `cost`, for a form that has been fitted already."""
-    item = torch.empty((), dtype=dtype or _dtype(anatomy.config)).element_size()
+    item = item_bytes(anatomy.config, dtype)
     architecture = anatomy.architecture
     params, active, matmul = 0, 0.0, 0.0
     for spec, sizes in _tensors(anatomy, form):
@@ -148,6 +148,8 @@ def _one(product: str | None) -> tuple[str, ...]:
     return (product,) if product else ()
 
 
-def _dtype(config: PreTrainedConfig) -> torch.dtype:
-    dtype = getattr(config, "dtype", None)
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+def item_bytes(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> int:
+    """Bytes of one number in `dtype`, the model's own unless given."""
+    own = getattr(config, "dtype", None)
+    own = getattr(torch, own) if isinstance(own, str) else own
+    return torch.empty((), dtype=dtype or own or torch.float32).element_size()

@@ -141,7 +141,7 @@ def child_config(anatomy: Anatomy, form: Form) -> PreTrainedConfig:
             setattr(config, field, value)
     for letter, source in anatomy.architecture.sizes.items():
         written = anatomy.architecture.explicit.get(letter)
-        if written and callable(source) and source(config) != anatomy.sizes(None)[letter]:
+        if written and callable(source) and (differing or source(config) != anatomy.sizes(None)[letter]):
             setattr(config, written, anatomy.sizes(None)[letter])
     return config
 
