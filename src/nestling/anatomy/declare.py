@@ -78,7 +78,8 @@ class Architecture:
     explicit: config fields to write down for letters whose size the config may leave to be derived from others.
     kv_cache: what one token adds to the KV cache of a layer that has the block named, as products of letters.
     attends: per block with attention, the product of letters that is one query's width over all heads.
-    state: what a sequence keeps in a layer that has the block named, however long it is, as products of letters.
+    state: what a sequence keeps in a layer that has the block named, however long it is, as products of letters: a
+        recurrent state, in float32. recent: the same, for what is kept in the model's dtype (a convolution's inputs).
     inner_norms: RMS norms that a mixer may apply inside its own kernel, maybe group by group; where units are cut,
         every group loses the same part of them.
     tied: the output matrix, which is the input embedding where the config ties them. lookup: the input embedding.
@@ -105,6 +106,7 @@ class Architecture:
     kv_cache: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     attends: Mapping[str, str] = field(default_factory=dict)
     state: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    recent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     inner_norms: tuple[str, ...] = ()
     tied: str = "lm_head.weight"
     lookup: str = "model.embed_tokens.weight"

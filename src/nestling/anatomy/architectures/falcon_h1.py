@@ -15,7 +15,7 @@ from nestling.anatomy.architectures._dense import (
     SIZES,
 )
 from nestling.anatomy.architectures._dense import axes as dense_axes
-from nestling.anatomy.architectures._mamba2 import STATE, tensors
+from nestling.anatomy.architectures._mamba2 import RECENT, STATE, tensors
 from nestling.anatomy.architectures._mamba2 import axes as mamba_axes
 from nestling.anatomy.declare import Architecture, register
 
@@ -37,6 +37,7 @@ register(
         kv_cache=KV_CACHE,
         attends=ATTENDS,
         state={"mamba": STATE},
+        recent={"mamba": RECENT},
         inner_norms=("mamba.norm",),
         per_layer_fields=(),
         alike=("mamba_n_heads", "mamba_d_head", "mamba_d_state"),

@@ -13,7 +13,7 @@ from nestling.anatomy.architectures._dense import (
     SIZES,
 )
 from nestling.anatomy.architectures._dense import axes as dense_axes
-from nestling.anatomy.architectures._mamba2 import STATE, expand, tensors
+from nestling.anatomy.architectures._mamba2 import RECENT, STATE, expand, tensors
 from nestling.anatomy.architectures._mamba2 import axes as mamba_axes
 from nestling.anatomy.declare import Architecture, Config, register
 
@@ -52,6 +52,7 @@ register(
         kv_cache=KV_CACHE,
         attends=ATTENDS,
         state={"mamba": STATE},
+        recent={"mamba": RECENT},
         inner_norms=("mamba.norm",),
         keeps=("attention",),
         logits_divisor="logits_scaling",
