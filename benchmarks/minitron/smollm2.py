@@ -15,6 +15,7 @@ import json
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import geometric_mean
@@ -29,6 +30,7 @@ from transformers import PreTrainedModel, set_seed
 
 import nestling as nl
 from nestling import data, evaluate
+from nestling.surgery.repair import Repair
 
 RESULT = Path(__file__).parents[1] / "results/minitron/smollm2.json"
 MODEL = "builtin:smollm2-135m-instruct"
@@ -50,21 +52,21 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="file to calibrate, train and validate on")
     parser.add_argument("--other", nargs="+", required=True, help="files of other text")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the calibration and training text")
+    parser.add_argument("--arms", nargs="+", help="only these")
     parser.add_argument("--parts", nargs="+", default=["zero-shot", "distill"], choices=["zero-shot", "distill"])
-    parser.add_argument("--tokens", type=int, default=2048, help="evaluation tokens per text")
+    parser.add_argument("--tokens", type=int, default=1024, help="evaluation tokens per text")
     bench = Bench(parser.parse_args())
     for seed in bench.chosen.seeds:
         for part in bench.chosen.parts:
             bench.run(seed, part)
-    show(bench.rows)
+    show(recorded())
 
 
 class Bench:
-    """The parent, the texts and the rows so far."""
+    """The parent and the texts."""
 
     def __init__(self, chosen: argparse.Namespace):
         self.chosen = chosen
-        self.rows: list[dict[str, Any]] = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
         model, self.tokenizer = nl.load(MODEL, dtype="float32")
         self.parent = model.eval().requires_grad_(False)
 
@@ -72,65 +74,37 @@ class Bench:
         """Add the rows of one part with one seed that are not there yet, and record them one by one."""
         for budget, arm, build in self.arms(seed, part):
             key = {"part": part, "budget": budget, "arm": arm, "seed": seed}
-            if any(key.items() <= row.items() for row in self.rows):
+            skipped = self.chosen.arms and arm not in self.chosen.arms
+            if skipped or any(key.items() <= row.items() for row in recorded()):
                 continue
             set_seed(seed)
             started = time.perf_counter()
             child = build()
             took = time.perf_counter() - started
-            self.rows.append(key | {"seconds": round(took), "params": child.num_parameters()} | self.scores(child))
-            record(self.rows, self.chosen)
+            row = key | {"seconds": round(took), "params": child.num_parameters()} | self.scores(child)
+            record([*recorded(), row], self.chosen)
 
     def arms(self, seed: int, part: str) -> Iterator[tuple[str, str, Build]]:
         """Budget, arm and how its child is made; the parent is an arm of its own."""
         if seed == self.chosen.seeds[0]:
             yield "none", "parent", lambda: self.parent
-        text = self.text(CALIBRATION_TOKENS, seed + 1000)
-        batches = [{"input_ids": rows} for rows in text.split(8)]
+        source = Source(self, seed)
         for budget, shape in BUDGETS.items():
-            if part == "distill" and budget != DISTILLED:
-                continue
-            arms = self.zero_shot(shape, text, batches, seed)
+            arms: dict[str, Build] = {
+                "plain script": partial(source.by_plain_script, shape),
+                "nestling, no repair": partial(source.sliced, shape),
+                "nestling": partial(source.repaired, shape),
+            }
             if part == "distill":
-                arms = self.distilled(arms, seed)
-            yield from ((budget, arm, build) for arm, build in arms.items())
+                arms = {name: partial(self.distilled, name, arms[name], seed) for name in ("plain script", "nestling")}
+            if part == "zero-shot" or budget == DISTILLED:
+                yield from ((budget, arm, build) for arm, build in arms.items())
 
-    def zero_shot(self, shape: nl.Shape, text: Tensor, batches: list[dict[str, Tensor]], seed: int) -> dict[str, Build]:
-        def by_plain_script() -> PreTrainedModel:
-            if (size := shape.get("intermediate_size")) is not None:
-                return plain.cut_neurons(self.parent, text, size)
-            gone = self.parent.config.num_hidden_layers - shape["num_hidden_layers"]
-            return plain.cut_layers(self.parent, text, gone)
-
-        def by_compress() -> PreTrainedModel:
-            mixed = data.calibration(
-                self.parent,
-                self.tokenizer,
-                self.chosen.text,
-                tokens=CALIBRATION_TOKENS,
-                context=CONTEXT,
-                seed=seed + 1000,
-            )
-            return nl.prune(self.parent, nl.rank(self.parent, mixed), shape, repair=mixed)
-
-        return {
-            "plain script": by_plain_script,
-            "rank, prune": lambda: nl.prune(self.parent, nl.rank(self.parent, batches), shape),
-            "rank, prune, repair": lambda: nl.prune(self.parent, nl.rank(self.parent, batches), shape, repair=batches),
-            "as compress does": by_compress,
-        }
-
-    def distilled(self, arms: dict[str, Build], seed: int) -> dict[str, Build]:
-        tokens = STEPS * BATCH * CONTEXT
-
-        def by_plain_script() -> PreTrainedModel:
-            return plain.distill(arms["plain script"](), self.parent, self.text(tokens, seed), BATCH, rate=2e-4)
-
-        def by_nestling() -> PreTrainedModel:
-            child = arms["as compress does"]()
-            return nl.distill(child, self.parent, self.chosen.text, self.tokenizer, tokens=tokens, seed=seed)
-
-        return {"plain script": by_plain_script, "nestling": by_nestling}
+    def distilled(self, arm: str, build: Build, seed: int) -> PreTrainedModel:
+        tokens, child = STEPS * BATCH * CONTEXT, build()
+        if arm == "plain script":
+            return plain.distill(child, self.parent, self.text(tokens, seed), BATCH, rate=2e-4)
+        return nl.distill(child, self.parent, self.chosen.text, self.tokenizer, tokens=tokens, seed=seed)
 
     def text(self, tokens: int, seed: int) -> Tensor:
         """Rows `[rows, CONTEXT]` of the training part of the text."""
@@ -146,6 +120,57 @@ class Bench:
             )
             found[Path(path).stem] = round(result.value, 3)
         return {"perplexity": found}
+
+
+class Source:
+    """What the arms of one seed cut by: the same amount of calibration text from the same source."""
+
+    def __init__(self, bench: Bench, seed: int):
+        self.bench, self.parent, self.seed = bench, bench.parent, seed + 1000
+
+    @cached_property
+    def text(self) -> Tensor:
+        return self.bench.text(CALIBRATION_TOKENS, self.seed)
+
+    @cached_property
+    def batches(self) -> list[dict[str, Tensor]]:
+        return [{"input_ids": rows} for rows in self.text.split(8)]
+
+    @cached_property
+    def ranking(self) -> nl.Ranking:
+        return nl.rank(self.parent, self.batches)
+
+    @cached_property
+    def mixed(self) -> list[dict[str, Tensor]]:
+        """Half of it the parent's own, as `compress` takes it."""
+        options = {"tokens": CALIBRATION_TOKENS, "context": CONTEXT, "seed": self.seed}
+        return data.calibration(self.parent, self.bench.tokenizer, self.bench.chosen.text, **options)
+
+    @cached_property
+    def mixed_ranking(self) -> nl.Ranking:
+        return nl.rank(self.parent, self.mixed)
+
+    @cached_property
+    def repair(self) -> Repair:
+        return Repair(self.parent, self.mixed)
+
+    def by_plain_script(self, shape: nl.Shape) -> PreTrainedModel:
+        if (neurons := shape.get("intermediate_size")) is not None:
+            return plain.cut_neurons(self.parent, self.text, neurons)
+        return plain.cut_layers(
+            self.parent, self.text, self.parent.config.num_hidden_layers - shape["num_hidden_layers"]
+        )
+
+    def sliced(self, shape: nl.Shape) -> PreTrainedModel:
+        return nl.prune(self.parent, self.ranking, shape)
+
+    def repaired(self, shape: nl.Shape) -> PreTrainedModel:
+        return nl.prune(self.parent, self.mixed_ranking, shape, repair=self.repair)
+
+
+def recorded() -> list[dict[str, Any]]:
+    """The rows so far: several runs may add to them at once."""
+    return json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
 
 
 def record(rows: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
@@ -167,13 +192,13 @@ def record(rows: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
 def claims(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """For every budget our perplexity over the plain script's, the geometric mean over texts and seeds."""
     found = {}
-    for part, ours in (("zero-shot", "as compress does"), ("distill", "nestling")):
+    for part in ("zero-shot", "distill"):
         for budget in BUDGETS:
             ratios = [
                 [us["perplexity"][text] / them["perplexity"][text] for text in us["perplexity"]]
                 for us in rows
                 for them in rows
-                if (us["part"], us["budget"], us["arm"]) == (part, budget, ours)
+                if (us["part"], us["budget"], us["arm"]) == (part, budget, "nestling")
                 and (them["part"], them["budget"], them["arm"]) == (part, budget, "plain script")
                 and us["seed"] == them["seed"]
             ]
