@@ -23,34 +23,46 @@ class Reading:
     activation: the module's input by units, `[batch, seq, units, inside]` (inside: channels of a head, 1 for neurons).
     output: what the module returned, `[batch, seq, out]`. weight: its weight by units, `[out, units, inside]`.
     At a module that writes the axis, activation is the axis's part of the output and weight is `[in, units, inside]`.
+    gradient: of the loss on the text (its sum over tokens) with respect to activation, for metrics that ask for it.
     """
 
     activation: Tensor
     output: Tensor
     weight: Tensor
+    gradient: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Metric:
     """A magnitude per token and unit, and the aggregation it is meant for (batch, sequence).
 
-    at: another choice of places to read the axis at, by the name its declaration gives it.
+    at: another choice of places to read the axis at, by the name its declaration gives it. over_inside: how a unit's
+    channels are put together when the magnitude is `[batch, seq, units, inside]`, at the very end. gradients: whether
+    the sweep goes backward too.
     """
 
     magnitude: Callable[[Reading], Tensor]
     over_batch: str
     over_sequence: str
     at: str | None = None
+    over_inside: str | None = None
+    gradients: bool = False
 
 
 METRICS: dict[str, Metric] = {}
 
 
-def metric(name: str, over_batch: str = "l2", over_sequence: str = "mean") -> Callable:
-    """Register a function `Reading -> [batch, seq, units]` as an importance metric."""
+def metric(
+    name: str,
+    over_batch: str = "l2",
+    over_sequence: str = "mean",
+    over_inside: str | None = None,
+    gradients: bool = False,
+) -> Callable:
+    """Register a function `Reading -> [batch, seq, units]` as an importance metric; `[..., inside]` with over_inside."""
 
     def register(magnitude: Callable[[Reading], Tensor]) -> Callable[[Reading], Tensor]:
-        METRICS[name] = Metric(magnitude, over_batch, over_sequence)
+        METRICS[name] = Metric(magnitude, over_batch, over_sequence, None, over_inside, gradients)
         return magnitude
 
     return register

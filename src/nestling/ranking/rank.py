@@ -6,6 +6,7 @@ only when it is asked for.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -35,9 +36,10 @@ def rank(
     """Score every axis of the model on calibration batches.
 
     batches: iterable of `{"input_ids": LongTensor[batch, seq], ...}`; an `attention_mask` leaves padding out.
-    metric: importance of width units, `contribution`, `relative` or `activation` (Minitron's) or one registered with
-        `nestling.ranking.metric`; or a mapping from axis to metric; what the axis declares unless given. A name such as
-        `activation@x` reads the axis at another place that its architecture names (`x`, `z` of Mamba-2).
+    metric: importance of width units, `contribution`, `relative`, `activation` (Minitron's), a baseline (`magnitude`,
+        `wanda`, `flap`, `taylor`, `random`, ...) or one registered with `nestling.ranking.metric`; or a mapping from
+        axis to metric; what the axis declares unless given. A name such as `activation@x` reads the axis at another
+        place that its architecture names (`x`, `z` of Mamba-2).
     over_batch, over_sequence: aggregation `mean`, `l2` or `var`; the metric's own unless given.
     layers: `block_influence` (in the same sweep), or `perplexity`, `kl`, `output_error` when each is left out in turn.
     greedy_layers: remove this many layers one after another, scoring anew each time (not for block influence).
@@ -86,7 +88,12 @@ def _aggregated(axis: Axis, text: str, over_batch: str | None, over_sequence: st
         places = ", ".join(axis.also_at) or "none"
         raise NestlingError(f"'{text}': {axis.field} cannot be read at '{at}' (places with a name: {places})")
     metric = find_metric(name)
-    return Metric(metric.magnitude, over_batch or metric.over_batch, over_sequence or metric.over_sequence, at or None)
+    return dataclasses.replace(
+        metric,
+        over_batch=over_batch or metric.over_batch,
+        over_sequence=over_sequence or metric.over_sequence,
+        at=at or None,
+    )
 
 
 def _combined(anatomy: Anatomy, field: str, measured: Measured) -> Scores:

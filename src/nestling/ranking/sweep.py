@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from nestling.anatomy.bypass import evaluating
 from nestling.anatomy.notation import Dimension, Sizes
 from nestling.errors import DataError
 from nestling.ranking.aggregate import Aggregate
+from nestling.ranking.gradients import differentiating, go_back, pieces
 from nestling.ranking.metrics import Metric, Reading
 
 Batch = Mapping[str, Tensor]
@@ -55,12 +56,16 @@ def sweep(
     """
     anatomy = Anatomy.of(model)
     watch = _Watch(anatomy, metrics)
-    with watch.on(model), evaluating(model):
+    backward = any(metric.gradients for metric in metrics.values())
+    with watch.on(model), evaluating(model), differentiating(model) if backward else nullcontext():
         for batch in processes.share(batches):
-            inputs = watch.begin(batch, model.device)
-            decoder(model)(**inputs, use_cache=False)
-            if progress is not None:
-                progress(watch.tokens * processes.count())
+            for part in pieces(batch) if backward else (batch,):
+                inputs = watch.begin(part, model.device)
+                hidden = decoder(model)(**inputs, use_cache=False).last_hidden_state
+                if backward:
+                    go_back(model, hidden, **inputs)
+                if progress is not None:
+                    progress(watch.tokens * processes.count())
     watch.merge(model.device)
     if not watch.seen:
         raise DataError("the calibration data has no batches: give at least one with input_ids [batch, seq]")
@@ -76,7 +81,7 @@ class _Watch:
         self.tokens = 0
         self._mask: Tensor | None = None
         self._units = {
-            (axis, layer, place): Aggregate(metric.over_batch, metric.over_sequence)
+            (axis, layer, place): Aggregate(metric.over_batch, metric.over_sequence, metric.over_inside)
             for axis, metric in metrics.items()
             for layer in range(anatomy.num_layers)
             for place in anatomy.places(anatomy.axis(axis), layer, metric.at)
@@ -111,21 +116,38 @@ class _Watch:
             readings.setdefault(place, []).append(self.anatomy.axis(axis))
         return readings
 
+    def _read(self, place: Place) -> tuple[Dimension, slice]:
+        """The dimension read at a place, and the part of it that is the place's own."""
+        spec = self.anatomy.tensors[place.tensor]
+        if place.part is None:
+            return spec.layout[-1], slice(None)
+        return _part(spec.layout[0], place.part, self.anatomy.sizes(spec.layer))
+
     def _record(self, place: Place, axes: list[Axis]) -> Callable[..., None]:
         spec = self.anatomy.tensors[place.tensor]
         layer, sizes = spec.layer or 0, self.anatomy.sizes(spec.layer)
-        read, written = spec.layout[-1], slice(None)
-        if place.part is not None:
-            read, written = _part(spec.layout[0], place.part, sizes)
-        views = [read.unit_view((*axis.within, axis.letter), sizes) for axis in axes]
+        read, written = self._read(place)
+        views = {axis.field: read.unit_view((*axis.within, axis.letter), sizes) for axis in axes}
+
+        def add(module: nn.Module, source: Tensor, output: Tensor, gradient: Tensor | None) -> None:
+            weight = cast(Tensor, module.weight)
+            if place.part is not None:
+                source, weight = source[..., written], weight[written].T
+                gradient = None if gradient is None else gradient[..., written]
+            for field, view in views.items():
+                metric = self.metrics[field]
+                if metric.gradients == (gradient is not None):
+                    seen = (by_units(source, *view), output, by_units(weight, *view))
+                    reading = Reading(*seen, None if gradient is None else by_units(gradient, *view))
+                    self._units[field, layer, place].add(metric.magnitude(reading), self._mask)
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            weight = cast(Tensor, module.weight)
-            values, weight = (args[0], weight) if place.part is None else (output[..., written], weight[written].T)
-            for axis, (view, inside) in zip(axes, views, strict=True):
-                reading = Reading(by_units(values, view, inside), output, by_units(weight, view, inside))
-                magnitude = self.metrics[axis.field].magnitude(reading)
-                self._units[axis.field, layer, place].add(magnitude, self._mask)
+            source = args[0] if place.part is None else output
+            kept = source.detach(), output.detach()
+            with torch.no_grad():
+                add(module, *kept, None)
+            if source.requires_grad:
+                source.register_hook(lambda gradient: add(module, *kept, gradient))
 
         return hook
 
@@ -133,7 +155,7 @@ class _Watch:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             before = args[0] if args else kwargs["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
-            cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
+            cosine = torch.cosine_similarity(before.detach().float(), after.detach().float(), dim=-1)
             cosine = cosine if self._mask is None else cosine * self._mask[..., 0]
             self._similarity[layer] = self._similarity[layer] + cosine.sum(dtype=torch.float64).cpu()
 
@@ -143,8 +165,10 @@ class _Watch:
         """Add up what all processes saw."""
         self.seen = int(processes.summed(torch.tensor(self.seen)))
         self._similarity = list(processes.summed(torch.stack(self._similarity)))
-        for (axis, layer, _), aggregate in self._units.items():
-            aggregate.merge(self.anatomy.units(self.anatomy.axis(axis), layer), device)
+        for (axis, layer, place), aggregate in self._units.items():
+            units = self.anatomy.units(self.anatomy.axis(axis), layer)
+            width = self._read(place)[0].size(self.anatomy.sizes(layer))
+            aggregate.merge((units, width // units) if self.metrics[axis].over_inside else (units,), device)
 
     def unit_scores(self) -> dict[str, list[Tensor]]:
         """Axis field -> for each layer the sum or product of its places' scores (empty where it is not read)."""
