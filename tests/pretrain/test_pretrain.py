@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nestling.cli import main
 from nestling.data import documents, train_tokenizer
 from nestling.errors import CheckpointError, DataError, NestlingError
-from nestling.pretrain import PRESETS, CrossEntropy, architecture_config, build, pretrain
+from nestling.pretrain import PRESETS, architecture_config, build, pretrain
 from nestling.recipes.pretrain import fields
+from nestling.train import CausalLM
 from nestling.train.rows import shifted
 from tests.models import in_float64, tiny, token_batches
 
@@ -40,7 +41,7 @@ def test_loss_and_gradients_are_those_of_plain_cross_entropy(variant):
         expected.backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
         model.zero_grad()
-        found = CrossEntropy(model)(ids, shifted(ids, torch.ones_like(ids).bool()))["loss"]
+        found = CausalLM(model)(ids, shifted(ids, torch.ones_like(ids).bool()))["loss"]
         found.backward()
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     for name, parameter in model.named_parameters():
@@ -65,7 +66,7 @@ def test_an_interrupted_run_continues_to_the_same_weights(tmp_path, monkeypatch)
 
     whole = pretrain(fresh(), batches, **settings)
     with monkeypatch.context() as broken:
-        broken.setattr(CrossEntropy, "begin", fails_in_step(5))
+        broken.setattr(CausalLM, "begin", fails_in_step(5))
         with pytest.raises(RuntimeError, match="power"):
             pretrain(fresh(), batches, run_dir=tmp_path / "run", **settings)
     again = pretrain(fresh(), batches, run_dir=tmp_path / "run", **settings)

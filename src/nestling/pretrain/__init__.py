@@ -1,11 +1,10 @@
 """Pretraining: from an architecture and text to a model, trained from scratch."""
 
 from nestling.pretrain.architecture import PRESETS, architecture_config, build, names_checkpoint
-from nestling.pretrain.pretrain import CrossEntropy, PretrainSettings, pretrain
+from nestling.pretrain.pretrain import PretrainSettings, pretrain
 
 __all__ = [
     "PRESETS",
-    "CrossEntropy",
     "PretrainSettings",
     "architecture_config",
     "build",

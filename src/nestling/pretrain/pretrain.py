@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from nestling.anatomy import decoder
-from nestling.train import Learner, Objective, TrainSettings, documented, fit, model_inputs
+from nestling.train import CausalLM, TrainSettings, documented, fit
 
 
 @documented
@@ -27,23 +25,6 @@ class PretrainSettings(TrainSettings):
     batch_size: int = 16
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
-
-
-class CrossEntropy(Learner):
-    """A model that learns from the tokens of text."""
-
-    objective = Objective(kd_weight=0.0, ce_weight=1.0)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        attention_mask: Tensor | None = None,
-        num_items_in_batch: Tensor | float | None = None,
-    ) -> dict[str, Tensor]:
-        """Scalar `loss`: the mean of -log p(next token); see `Learner.forward`."""
-        hidden = decoder(self.student)(**model_inputs(input_ids, attention_mask)).last_hidden_state
-        return {"loss": self.logit_losses(hidden, labels, self.objective, count=num_items_in_batch).loss}
 
 
 def pretrain(
@@ -62,5 +43,5 @@ def pretrain(
     """
     settings = dataclasses.replace(settings or PretrainSettings(), **overrides)
     set_seed(settings.seed)
-    fit(CrossEntropy(model), data, tokenizer, settings, run_dir, resume)
+    fit(CausalLM(model), data, tokenizer, settings, run_dir, resume)
     return model

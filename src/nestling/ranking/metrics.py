@@ -59,7 +59,7 @@ def metric(
     over_inside: str | None = None,
     gradients: bool = False,
 ) -> Callable:
-    """Register a function `Reading -> [batch, seq, units]` as an importance metric; `[..., inside]` with over_inside."""
+    """Register a function `Reading -> [batch, seq, units]` as a metric; `[..., inside]` with over_inside."""
 
     def register(magnitude: Callable[[Reading], Tensor]) -> Callable[[Reading], Tensor]:
         METRICS[name] = Metric(magnitude, over_batch, over_sequence, None, over_inside, gradients)

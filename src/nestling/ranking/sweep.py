@@ -134,12 +134,12 @@ class _Watch:
             if place.part is not None:
                 source, weight = source[..., written], weight[written].T
                 gradient = None if gradient is None else gradient[..., written]
-            for field, view in views.items():
-                metric = self.metrics[field]
+            for name, view in views.items():
+                metric = self.metrics[name]
                 if metric.gradients == (gradient is not None):
                     seen = (by_units(source, *view), output, by_units(weight, *view))
                     reading = Reading(*seen, None if gradient is None else by_units(gradient, *view))
-                    self._units[field, layer, place].add(metric.magnitude(reading), self._mask)
+                    self._units[name, layer, place].add(metric.magnitude(reading), self._mask)
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             source = args[0] if place.part is None else output
