@@ -104,8 +104,11 @@ def test_taylor_is_the_change_that_the_weights_gradients_foretell(variant):
     model, batches = tiny(variant), token_batches(2, 2, 6)
     found = rank(model, batches, "taylor").scores
     rows = torch.cat([batch["input_ids"] for batch in batches])
-    for field, ending in (("intermediate_size", "down_proj"), ("num_attention_heads", "o_proj")):
-        weights = [p for name, p in model.named_parameters() if name.endswith(f"{ending}.weight")]
+    for field, axis in Anatomy.of(model).axes.items():
+        endings = [place for place in axis.scored_at if place.endswith(("down_proj", "o_proj", "output_linear"))]
+        if len(axis.scored_at) != 1 or not endings:
+            continue  # read by several modules, or written
+        weights = [p for name, p in model.named_parameters() if name.endswith(f"{endings[0]}.weight")]
         scored = [scores for scores in found[field] if len(scores)]
         totals = [torch.zeros_like(scores) for scores in scored]
         for row in rows:
