@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nestling.anatomy import Anatomy
+from nestling.experts import use_fast_experts
 from nestling.ranking import Ranking
 
 VOCAB = 97
@@ -27,15 +28,6 @@ COMMON = {
 ODD = {"hidden_size": 80, "head_dim": 12}
 
 MAMBA2 = {"num_heads": 12, "head_dim": 8, "state_size": 6, "n_groups": 2, "chunk_size": 5}
-PARALLEL = {
-    "mamba_n_heads": 12,
-    "mamba_d_head": 8,
-    "mamba_d_state": 6,
-    "mamba_n_groups": 2,
-    "mamba_chunk_size": 5,
-    "mamba_proj_bias": True,
-}
-FACTORS = {"lm_head_multiplier": 0.625, "embedding_multiplier": 2.0, "ssm_multipliers": [0.5, 1.25, 0.75, 1.5, 0.625]}
 HYBRID = {
     "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"],
     "mamba_num_heads": 6,
@@ -43,6 +35,22 @@ HYBRID = {
     "ssm_state_size": 5,
     "n_groups": 2,
     "chunk_size": 5,
+}
+
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 14}
+LOCAL_EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 14}
+LATENT = {
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 14,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 10,
+    "num_key_value_heads": 6,
 }
 
 VARIANTS: dict[str, tuple[str, dict]] = {
@@ -75,38 +83,22 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "nemotron": ("nemotron", ODD | {"partial_rotary_factor": 0.5}),
     "mamba2": ("mamba2", MAMBA2),
     "mamba2-tied": ("mamba2", MAMBA2 | {"tie_word_embeddings": True, "use_bias": True, "n_groups": 1}),
-    "bamba": ("bamba", PARALLEL | {"attn_layer_indices": [2]}),
-    "granitemoehybrid": (
-        "granitemoehybrid",
-        PARALLEL
-        | {
-            "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
-            "num_local_experts": 0,
-            "shared_intermediate_size": 44,
-            "position_embedding_type": "rope",
-            "residual_multiplier": 0.7,
-            "embedding_multiplier": 3.0,
-            "logits_scaling": 4.0,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "falcon_h1": (
-        "falcon_h1",
-        PARALLEL | FACTORS | {"mamba_d_ssm": 54, "mamba_n_heads": 6, "mamba_d_head": 9, "mamba_d_state": 5},
-    ),
-    "falcon_h1-norm": (
-        "falcon_h1",
-        PARALLEL
-        | FACTORS
-        | {"mamba_d_ssm": 54, "mamba_n_heads": 6, "mamba_d_head": 9, "mamba_d_state": 5, "mamba_rms_norm": True},
-    ),
     "nemotron_h": ("nemotron_h", HYBRID | {"head_dim": 10}),
     "nemotron_h-biases": (
         "nemotron_h",
         HYBRID
         | {"head_dim": 12, "use_bias": True, "mlp_bias": True, "attention_bias": True, "tie_word_embeddings": True},
     ),
+    "mixtral": ("mixtral", LOCAL_EXPERTS | {"head_dim": 12}),
+    "qwen3_moe": ("qwen3_moe", EXPERTS | {"norm_topk_prob": True, "mlp_only_layers": [1]}),
+    "qwen3_moe-pre": ("qwen3_moe", EXPERTS | {"decoder_sparse_step": 2, "tie_word_embeddings": True}),
+    "olmoe": ("olmoe", EXPERTS | {"intermediate_size": 14}),
+    "granitemoe": ("granitemoe", LOCAL_EXPERTS | {"logits_scaling": 2.0, "attention_bias": True}),
+    "gpt_oss": ("gpt_oss", LOCAL_EXPERTS | {"head_dim": 8, "sliding_window": 6}),
+    "deepseek_v3": ("deepseek_v3", LATENT | {"q_lora_rank": None}),
+    "deepseek_v3-latent": ("deepseek_v3", LATENT | {"q_lora_rank": 20, "n_group": 1, "num_experts_per_tok": 3}),
 }
+MOE = ("mixtral", "qwen3_moe", "qwen3_moe-pre", "olmoe", "granitemoe", "gpt_oss", "deepseek_v3", "deepseek_v3-latent")
 
 
 def tiny(variant: str, seed: int = 0, dtype: torch.dtype = torch.float64, **overrides) -> PreTrainedModel:
@@ -114,7 +106,7 @@ def tiny(variant: str, seed: int = 0, dtype: torch.dtype = torch.float64, **over
     model_type, fields = VARIANTS[variant]
     config = AutoConfig.for_model(model_type, **(COMMON | fields | overrides))
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model = use_fast_experts(AutoModelForCausalLM.from_config(config, dtype=dtype).eval())
     with torch.no_grad():
         for parameter in model.parameters():
             spread = 0.2 if parameter.dim() == 1 else 0.1 + 1.0 / parameter.shape[-1] ** 0.5
@@ -127,6 +119,7 @@ def in_float64() -> Iterator[None]:
     """Within this context what models compute in float32 whatever their dtype (norms, state-space scans) is float64."""
     with (
         mock.patch.object(torch, "float32", torch.float64),
+        mock.patch.object(torch, "float", torch.float64),
         mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
     ):
         yield
@@ -159,13 +152,10 @@ def random_ranking(model: PreTrainedModel, seed: int = 0) -> Ranking:
     return Ranking(scores)
 
 
-# Sizes of heads, channels and state that go with a hidden size of 36, and with one of 24.
-MAMBA_CUTS = {
-    "nemotron_h": ({"mamba_num_heads": 4, "mamba_head_dim": 7, "ssm_state_size": 3}, {"mamba_num_heads": 2}),
-    "falcon_h1": ({"mamba_n_heads": 4, "mamba_d_head": 7, "mamba_d_state": 3}, {"mamba_n_heads": 2}),
-    "bamba": ({"mamba_n_heads": 6, "mamba_d_head": 6, "mamba_d_state": 4}, {"mamba_n_heads": 6}),
-    "granitemoehybrid": ({"mamba_n_heads": 6, "mamba_d_head": 6, "mamba_d_state": 4}, {"mamba_n_heads": 6}),
-}
+MAMBA_CUTS = (
+    {"mamba_num_heads": 4, "mamba_head_dim": 7, "ssm_state_size": 3},
+    {"mamba_num_heads": 2, "mamba_head_dim": 4, "ssm_state_size": 4},
+)
 
 
 def cuts(variant: str) -> list[dict]:
@@ -181,18 +171,55 @@ def cuts(variant: str) -> list[dict]:
             {"num_hidden_layers": 3, "state_size": [3, 5, 4], "hidden_size": 32, "num_heads": 8, "head_dim": 4},
             {"num_hidden_layers": 2, "state_size": 5, "hidden_size": 24, "num_heads": 6},
         ]
-    some, few = MAMBA_CUTS.get(VARIANTS[variant][0], ({}, {}))
-    ffn = "shared_intermediate_size" if variant == "granitemoehybrid" else "intermediate_size"
-    whole = few.get("mamba_n_heads") == 6  # heads times channels stay a multiple of the hidden size
+    if variant in MOE:
+        return moe_cuts(variant)
+    mamba = variant.startswith("nemotron_h")
+    some, few = (MAMBA_CUTS[i] if mamba else {} for i in (0, 1))
     heads = {"num_attention_heads": 4} | ({"num_key_value_heads": 4} if variant == "llama-mha" else {})
     return [
-        {ffn: 30},
-        {"hidden_size": 32 if whole else 36},
+        {"intermediate_size": 30},
+        {"hidden_size": 36},
         heads,
         {"num_key_value_heads": 1},
         {"num_hidden_layers": 3},
-        {ffn: [44, 30, 17, 8]},
-        {"num_hidden_layers": 3, ffn: [10, 20, 30], "hidden_size": 36} | heads | some,
-        {"num_hidden_layers": 2, ffn: 12, "hidden_size": 24, "num_key_value_heads": 1} | few,
-        *({field: size} for field, size in some.items() if size != 6 or field in few),
+        {"intermediate_size": [44, 30, 17, 8]},
+        {"num_hidden_layers": 3, "intermediate_size": [10, 20, 30], "hidden_size": 36} | heads | some,
+        {"num_hidden_layers": 2, "intermediate_size": 12, "hidden_size": 24, "num_key_value_heads": 1} | few,
+        *({field: size} for field, size in some.items()),
+    ]
+
+
+def moe_cuts(variant: str) -> list[dict]:
+    """As `cuts`, for models with experts: experts, neurons in each, both, and all axes at once."""
+    config = VARIANTS[variant][1]
+    experts = next(name for name in ("num_experts", "num_local_experts", "n_routed_experts") if name in config)
+    width = "moe_intermediate_size" if "moe_intermediate_size" in config else "intermediate_size"
+    if variant == "olmoe":
+        width = "intermediate_size"
+    if variant.startswith("deepseek"):
+        return [
+            {"intermediate_size": 30},
+            {"hidden_size": 36},
+            {experts: 6},
+            {experts: 4},
+            {"num_hidden_layers": 3},
+            {"num_hidden_layers": 2, experts: 6},
+            {"num_hidden_layers": 3, experts: 4, "hidden_size": 36},
+            {"num_hidden_layers": 3, experts: 6, "hidden_size": 24},
+        ]
+    heads = {} if variant == "olmoe" else {"num_attention_heads": 4}
+    hidden = {} if variant == "olmoe" else {"hidden_size": 36}
+    return [
+        {experts: 4},
+        {width: 8},
+        {experts: 3, width: 5},
+        {"hidden_size": 32, "num_attention_heads": 4} if variant == "olmoe" else hidden,
+        {"num_hidden_layers": 3},
+        {width: [14, 8, 3, 5]},
+        {"num_hidden_layers": 3, experts: [6, 3, 4], width: [10, 12, 6]}
+        | hidden
+        | ({} if variant == "olmoe" else heads),
+        {"num_hidden_layers": 2, experts: 2, width: 8} | hidden,
+        {"num_key_value_heads": 1} | ({"hidden_size": 24} if variant == "olmoe" else {}),
+        *([{"intermediate_size": 30}] if variant.startswith("qwen3_moe") else []),
     ]

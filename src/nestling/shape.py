@@ -141,7 +141,7 @@ def child_config(anatomy: Anatomy, form: Form) -> PreTrainedConfig:
             setattr(config, field, value)
     for letter, source in anatomy.architecture.sizes.items():
         written = anatomy.architecture.explicit.get(letter)
-        if written and callable(source) and (differing or source(config) != anatomy.sizes(None)[letter]):
+        if written and callable(source) and source(config) != anatomy.sizes(None)[letter]:
             setattr(config, written, anatomy.sizes(None)[letter])
     return config
 
@@ -169,6 +169,8 @@ def _cut_depth(anatomy: Anatomy, config: PreTrainedConfig, form: Form) -> None:
         numbers = getattr(config, field, None)
         if numbers is not None:
             setattr(config, field, [new for new, layer in enumerate(form.layers) if layer in numbers])
+    for field, block in anatomy.architecture.listed_blocks.items():
+        setattr(config, field, [new for new, layer in enumerate(form.layers) if block in anatomy.blocks(layer)])
     for field in anatomy.architecture.layer_thresholds:
         limit = getattr(config, field, None)
         if limit is not None:
@@ -239,10 +241,6 @@ def _values(anatomy: Anatomy, axis: Axis, wanted: dict[str, Any], kept: list[int
     given = wanted[axis.field]
     if axis.scope == "model" and not isinstance(given, int):
         raise ShapeError(f"{axis.field} runs through the whole model: give one number instead of {list(given)}")
-    if axis.field in anatomy.architecture.alike and not isinstance(given, int) and len(set(given)) > 1:
-        raise ShapeError(
-            f"{axis.field} is one size for all layers of a {anatomy.architecture.model_type}: give one number"
-        )
     if not isinstance(given, int) and len(given) != len(kept):
         raise ShapeError(
             f"{axis.field} has {len(given)} values but the target has {len(kept)} layers: give one value per kept layer"
@@ -276,9 +274,16 @@ def _letter_size(anatomy: Anatomy, axis: Axis, total: int, sizes: dict[str, int]
 
 def _refusal(anatomy: Anatomy, form: Form) -> str | None:
     """Why transformers refuses the child's config, in one line; None if it takes it."""
+    for axis in anatomy.axes.values():
+        used = getattr(anatomy.config, axis.active) if axis.active else 1
+        fewest = min((value for value in form.values[axis.field] if value), default=used)
+        if fewest < used:
+            return f"{axis.active}={used}, but {axis.field}={fewest}"
     try:
         config = child_config(anatomy, form)
         type(config).from_dict(config.to_dict())
+        if anatomy.architecture.refuses and (why := anatomy.architecture.refuses(config)):
+            return why
     except Exception as error:  # the config classes raise what they like; all of it means "not this shape"
         return " ".join(str(error).split("\n")[-1].split())
     return None

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from nestling.anatomy import Anatomy
 from nestling.errors import NestlingError, ShapeError
+from nestling.experts import use_fast_experts
 from nestling.ranking import Ranking
 from nestling.shape import Shape
 from nestling.surgery import masked, prune, reorder
@@ -86,7 +87,8 @@ def test_child_saves_loads_and_generates_with_its_cache(variant, which, tmp_path
     child.save_pretrained(tmp_path)
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert torch.equal(logits(loaded, IDS), logits(child, IDS))
+    use_fast_experts(loaded)
+    torch.testing.assert_close(logits(loaded, IDS), logits(child, IDS), rtol=1e-5, atol=1e-5)
     assert which == 6 or loaded.config.model_type == model.config.model_type, "uniform shapes are stock checkpoints"
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     cached = loaded.generate(IDS[:1], use_cache=True, **settings)

@@ -2,11 +2,13 @@
 
 import nestling.anatomy.architectures  # noqa: F401  registers every architecture
 from nestling.anatomy.anatomy import Anatomy, Place, TensorSpec
-from nestling.anatomy.declare import ARCHITECTURES, Architecture, Axis, Rescale, architecture_of, register
+from nestling.anatomy.declare import ARCHITECTURES, Architecture, Axis, Rescale, Routed, architecture_of, register
 from nestling.anatomy.head import decoder, logits_head
 from nestling.anatomy.per_layer import register_per_layer
+from nestling.experts import register_experts
 
 register_per_layer()
+register_experts()
 
 __all__ = [
     "ARCHITECTURES",
@@ -15,6 +17,7 @@ __all__ = [
     "Axis",
     "Place",
     "Rescale",
+    "Routed",
     "TensorSpec",
     "architecture_of",
     "decoder",

@@ -141,11 +141,6 @@ class Anatomy:
             architecture.layer_blocks(self.config, layer) if architecture.layer_blocks else tuple(architecture.blocks)
         )
 
-    def kind(self, layer: int) -> str:
-        """What a layer is, by the names of its blocks that hold matrices: `mamba`, `attention+mlp`."""
-        blocks = self.architecture.blocks
-        return "+".join(b for b in self.blocks(layer) if any(" " in spec.strip("()") for spec in blocks[b].values()))
-
     @cached_property
     def _letters_in(self) -> list[frozenset[str]]:
         letters: list[set[str]] = [set() for _ in range(self.num_layers)]
@@ -164,16 +159,26 @@ class Anatomy:
         return model.get_submodule(self.architecture.layers)  # type: ignore[return-value]
 
     def readers(self, axis: Axis, layer: int) -> Iterator[str]:
-        """Tensors of the modules that read an axis in a layer; the axis is their last dimension."""
-        return (place.tensor for place in self.places(axis, layer) if place.part is None)
+        """Matrices that read an axis in a layer; the axis is their last dimension."""
+        places = (place for place in self.places(axis, layer) if place.part is None)
+        return (place.tensor for place in places if len(self.tensors[place.tensor].layout) == 2)
 
     def places(self, axis: Axis, layer: int, at: str | None = None) -> Iterator[Place]:
         """Where an axis is scored in a layer. at: the name of another choice of places, if the axis has such."""
         for text in axis.also_at[at] if at else axis.scored_at:
             module, part = re.fullmatch(r"([^\[]+)(?:\[(\d+)\])?", text).groups()  # type: ignore[union-attr]
-            name = f"{self.layer_path(layer)}.{module}.weight"
-            if name in self.tensors:
-                yield Place(name, None if part is None else int(part))
+            path = f"{self.layer_path(layer)}.{module}"
+            for name in (f"{path}.weight", path):  # the latter are parameters of modules without a weight: experts
+                if name in self.tensors:
+                    yield Place(name, None if part is None else int(part))
+
+    def routed_layers(self) -> list[int]:
+        """The layers that have routed experts."""
+        routed = self.architecture.routed
+        if routed is None:
+            return []
+        prefixes = (f"{self.layer_path(i)}.{routed.experts}." for i in range(self.num_layers))
+        return [i for i, prefix in enumerate(prefixes) if any(name.startswith(prefix) for name in self.tensors)]
 
     def bypassed(
         self, layer: nn.Module, substitute: Callable[[Tensor], Tensor] | None = None

@@ -66,6 +66,22 @@ class Rescale:
 
 
 @dataclass(frozen=True)
+class Routed:
+    """Where a layer with routed experts has them: paths of its router and its experts, relative to the layer.
+
+    top_k: config field that says how many a token uses. post: whether the weights of the chosen are normalized over
+    them, as the config says it (a value, or the name of a field). bias: the router's buffer that is added to the scores
+    for the choice alone, if it has one.
+    """
+
+    router: str
+    experts: str
+    top_k: str = "num_experts_per_tok"
+    post: bool | str = True
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
 class Architecture:
     """What models of one `model_type` are made of.
 
@@ -78,19 +94,19 @@ class Architecture:
     explicit: config fields to write down for letters whose size the config may leave to be derived from others.
     kv_cache: what one token adds to the KV cache of a layer that has the block named, as products of letters.
     attends: per block with attention, the product of letters that is one query's width over all heads.
-    state: what a sequence keeps in a layer that has the block named, however long it is, as products of letters: a
-        recurrent state, in float32. recent: the same, for what is kept in the model's dtype (a convolution's inputs).
+    state: what a sequence keeps in a layer that has the block named, however long it is, as products of letters.
     inner_norms: RMS norms that a mixer may apply inside its own kernel, maybe group by group; where units are cut,
         every group loses the same part of them.
     tied: the output matrix, which is the input embedding where the config ties them. lookup: the input embedding.
     per_layer_fields: config fields with one value per layer, cut along with the layers.
     layer_numbers: config fields that list the numbers of some layers. layer_thresholds: those that hold one number.
+    listed_blocks: config fields that list the numbers of all layers with the block named.
     keeps: blocks of which one layer always stays: where the others are removed, the model cannot use its cache.
     layer_tuples: whether a layer returns a tuple whose first item is its hidden state.
     derived: config fields that follow from the sizes, with the function that gives them; None leaves a field alone.
-    alike: width fields that have one value in all layers, because the model's own code needs it so.
-    layer_arguments: what a layer's class takes after the config and the layer's number.
-    logits_divisor, logits_factor, logits_softcap: config fields by which logits are divided, multiplied, tanh-capped.
+    routed: where layers with routed experts have their router and experts.
+    refuses: why a config is not possible although its class takes it, in a few words; None if it is.
+    logits_divisor, logits_softcap: config fields by which logits are divided, and tanh-capped.
     rescale: corrections that keep the function when an axis shrinks.
     depth_field: config field that holds the number of layers.
     """
@@ -106,20 +122,19 @@ class Architecture:
     kv_cache: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     attends: Mapping[str, str] = field(default_factory=dict)
     state: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    recent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     inner_norms: tuple[str, ...] = ()
     tied: str = "lm_head.weight"
     lookup: str = "model.embed_tokens.weight"
     per_layer_fields: tuple[str, ...] = ("layer_types",)
     layer_numbers: tuple[str, ...] = ()
     layer_thresholds: tuple[str, ...] = ()
+    listed_blocks: Mapping[str, str] = field(default_factory=dict)
     keeps: tuple[str, ...] = ()
     layer_tuples: bool = False
     derived: Mapping[str, Callable[[Config], int | None]] = field(default_factory=dict)
-    alike: tuple[str, ...] = ()
-    layer_arguments: Callable[[Config, int], tuple[Any, ...]] | None = None
+    routed: Routed | None = None
+    refuses: Callable[[Config], str | None] | None = None
     logits_divisor: str | None = None
-    logits_factor: str | None = None
     logits_softcap: str | None = None
     rescale: tuple[Rescale, ...] = ()
     depth_field: str = "num_hidden_layers"

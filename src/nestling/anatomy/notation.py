@@ -6,6 +6,8 @@ A tensor is a row of dimensions, a dimension a sum of products of letters, in th
     "(ffn + ffn) hidden"            rows: two parts one after the other, gate and up
     "(g h p + g h p + g n) 1 k"     parts that share letters move together
 
+    "experts (ffn + ffn) hidden"    units chosen inside each expert: one row of elements per kept expert
+
 Every letter is an axis with a size. Choosing units of some axes (`Choice`) chooses the elements of every
 dimension in which they occur: `Dimension.index` is the only place where that arithmetic is done. This file knows
 neither models nor configs.
@@ -66,18 +68,32 @@ class Dimension:
         """Number of elements when each letter has the size given."""
         return sum(math.prod(_size(letter, sizes) for letter in part) for part in self.parts)
 
-    def index(self, choices: Choices, sizes: Sizes) -> LongTensor | None:
+    def index(self, choices: Choices, sizes: Sizes, first: Dimension | None = None) -> LongTensor | None:
         """Elements that the choice of units keeps, as a LongTensor; None when no letter here is chosen from.
 
-        `sizes` are the sizes before the choice.
+        `sizes` are the sizes before the choice. first: the tensor's first dimension, if this is another one. Where
+        units are chosen within its letters, the result is `[kept elements of the first dimension, n]`.
         """
         if not any(letter in choices for letter in self.letters):
             return None
+        outer = self._outer(choices, first)
         blocks, start = [], 0
         for part in self.parts:
-            blocks.append(start + _part_index(part, choices, sizes))
-            start += math.prod(_size(letter, sizes) for letter in part)
-        return torch.cat(blocks)  # type: ignore[return-value]
+            length = math.prod(_size(letter, sizes) for letter in part)
+            index = _part_index((*outer, *part), choices, sizes)
+            if outer:
+                kept = math.prod(choices[letter].count if letter in choices else sizes[letter] for letter in outer)
+                index = index.view(kept, -1) % length
+            blocks.append(start + index)
+            start += length
+        return torch.cat(blocks, dim=-1)  # type: ignore[return-value]
+
+    def _outer(self, choices: Choices, first: Dimension | None) -> tuple[str, ...]:
+        """The letters of the tensor's first dimension, if units of this one are chosen within them."""
+        if first is None or first is self or len(first.parts) != 1:
+            return ()
+        within = {outer for letter in self.letters if letter in choices for outer in choices[letter].within}
+        return first.parts[0] if within - self.letters else ()
 
     def unit_view(self, letters: tuple[str, ...], sizes: Sizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """How to see a dimension of one part by units: `(view, inside)`.
@@ -107,6 +123,27 @@ class Dimension:
 
 
 Layout = tuple[Dimension, ...]
+
+
+def kept_elements(layout: Layout, choices: Choices, sizes: Sizes) -> tuple[LongTensor | None, ...]:
+    """For each dimension of a tensor the elements that a choice keeps (see `Dimension.index`); None where all stay."""
+    return tuple(dimension.index(choices, sizes, layout[0]) for dimension in layout)
+
+
+def take(tensor: Tensor, index: tuple[LongTensor | None, ...]) -> Tensor:
+    """The elements of a tensor that `kept_elements` names, as a tensor of their own."""
+    kept = tensor
+    for dim, elements in enumerate(index):
+        if elements is None:
+            continue
+        chosen: Tensor = elements.to(tensor.device)
+        if chosen.dim() == 1:
+            kept = kept.index_select(dim, chosen)
+        else:  # other elements for each element of the first dimension
+            shape = [1] * kept.dim()
+            shape[0], shape[dim] = chosen.shape
+            kept = torch.take_along_dim(kept, chosen.view(shape), dim)
+    return kept.clone() if kept is tensor else kept
 
 
 def parse(spec: str) -> Layout:

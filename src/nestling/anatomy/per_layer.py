@@ -25,7 +25,9 @@ class LayerConfig:
     """A config as one layer sees it: that layer's sizes in front of the model's config."""
 
     def __init__(self, config: PreTrainedConfig, sizes: dict[str, int]):
-        self.__dict__.update(_config=config, **sizes)
+        names = [(name, other) for pair in config.attribute_map.items() for name, other in (pair, pair[::-1])]
+        aliases = {name: sizes[other] for name, other in names if other in sizes}  # a size may go by two names
+        self.__dict__.update(_config=config, **aliases, **sizes)
 
     def __getattr__(self, name: str) -> Any:
         if name == "_config":
@@ -58,30 +60,18 @@ def model_class(model_type: str) -> type[PreTrainedModel]:
         layers = cast(nn.ModuleList, self.get_submodule(path))
         for i, layer in enumerate(layers):
             sizes = {field: values[i] for field, values in (config.layer_shapes or {}).items()}
-            layers[i] = _made_anew(layer, config, sizes, i)
+            layers[i] = cast(Any, type(layer))(LayerConfig(config, sizes), i)
         self.post_init()
 
     members = {
         "__init__": __init__,
         "config_class": config_class(model_type),
-        # All code that makes weights is transformers': without this it leaves out buffers that the model makes.
-        "is_custom_code": classmethod(lambda cls: False),
+        # transformers reads this off the source of the class's module, which is this one
+        "_can_set_experts_implementation": classmethod(lambda cls: stock._can_set_experts_implementation()),
         "__module__": __name__,
         "__doc__": f"{stock.__name__} whose layers have the sizes in `config.layer_shapes`.",
     }
     return type(f"Nestling{stock.__name__}", (stock,), members)
-
-
-def _made_anew(layer: nn.Module, config: PreTrainedConfig, sizes: dict[str, int], number: int) -> nn.Module:
-    """A layer of the same class with other sizes; buffers that the model gave it go along."""
-    more = ARCHITECTURES[config.base_model_type].layer_arguments
-    made = cast(Any, type(layer))(LayerConfig(config, sizes), number, *(more(config, number) if more else ()))
-    own = {name for name, _ in made.named_buffers()}
-    for name, buffer in layer.named_buffers():
-        if name not in own:
-            module, _, last = name.rpartition(".")
-            made.get_submodule(module).register_buffer(last, buffer, persistent=False)
-    return made
 
 
 class _Deferred:

@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import nestling.anatomy  # noqa: F401  models whose layers differ in size become known to the auto classes
 from nestling.errors import CheckpointError
+from nestling.experts import use_fast_experts
 from nestling.hub import builtin, gguf
 from nestling.hub.check import check_folder, check_weights, first_line
 from nestling.hub.quiet import model_class_name, quiet
@@ -166,7 +167,7 @@ def _finish(
     model.config._name_or_path = str(source)
     if device is not None:
         model.to(torch.device(device))  # type: ignore[arg-type]
-    return model.eval(), tokenizer
+    return use_fast_experts(model).eval(), tokenizer
 
 
 def _is_causal(name: str) -> bool:

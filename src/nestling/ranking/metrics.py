@@ -24,12 +24,15 @@ class Reading:
     output: what the module returned, `[batch, seq, out]`. weight: its weight by units, `[out, units, inside]`.
     At a module that writes the axis, activation is the axis's part of the output and weight is `[in, units, inside]`.
     gradient: of the loss on the text (its sum over tokens) with respect to activation, for metrics that ask for it.
+    gate: the router's weight `[batch, seq, 1]`, where one routed expert is read on the tokens that chose it; the
+    activation is multiplied by it already, and `output` is that of all experts together.
     """
 
     activation: Tensor
     output: Tensor
     weight: Tensor
     gradient: Tensor | None = None
+    gate: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Metric:
 
     at: another choice of places to read the axis at, by the name its declaration gives it. over_inside: how a unit's
     channels are put together when the magnitude is `[batch, seq, units, inside]`, at the very end. gradients: whether
-    the sweep goes backward too.
+    the sweep goes backward too. per_use: of routed experts, aggregate over the tokens
+    that chose the expert.
     """
 
     magnitude: Callable[[Reading], Tensor]
@@ -47,6 +51,7 @@ class Metric:
     at: str | None = None
     over_inside: str | None = None
     gradients: bool = False
+    per_use: bool = False
 
 
 METRICS: dict[str, Metric] = {}
@@ -58,11 +63,15 @@ def metric(
     over_sequence: str = "mean",
     over_inside: str | None = None,
     gradients: bool = False,
+    per_use: bool = False,
 ) -> Callable:
-    """Register a function `Reading -> [batch, seq, units]` as a metric; `[..., inside]` with over_inside."""
+    """Register a function `Reading -> [batch, seq, units]` as a metric; `[..., inside]` with over_inside.
+
+    per_use: of routed experts, aggregate over the tokens that chose the expert; else the others count as zeros.
+    """
 
     def register(magnitude: Callable[[Reading], Tensor]) -> Callable[[Reading], Tensor]:
-        METRICS[name] = Metric(magnitude, over_batch, over_sequence, None, over_inside, gradients)
+        METRICS[name] = Metric(magnitude, over_batch, over_sequence, None, over_inside, gradients, per_use)
         return magnitude
 
     return register
@@ -89,20 +98,46 @@ def contribution(read: Reading) -> Tensor:
 
     Dividing by the token's own output keeps the few tokens with massive activations from deciding alone.
     """
+    return _written(read) / _size(read.output)
+
+
+def _written(read: Reading) -> Tensor:
+    """Length of what each unit alone makes the reader write, ||W_u a_u||_2 `[batch, seq, units]`."""
     wide = _wide(read.activation)
     if read.activation.shape[-1] == 1:
         size = read.activation[..., 0].abs() * torch.linalg.vector_norm(read.weight[..., 0], dim=0, dtype=wide)
+    elif read.activation.shape[-2] == 1:
+        size = torch.linalg.vector_norm(read.activation[..., 0, :] @ read.weight[:, 0].T, dim=-1, dtype=wide)[..., None]
     else:
         parts, weight = read.activation.to(wide), read.weight.to(wide)
         gram = torch.einsum("oui,ouj->uij", weight, weight)
         size = torch.einsum("bsui,uij,bsuj->bsu", parts, gram, parts).clamp_min(0).sqrt()
-    return size / _size(read.output)
+    return size
 
 
 @metric("relative", over_batch="l2", over_sequence="l2")
 def relative(read: Reading) -> Tensor:
     """The unit's activation against what its reader writes: ||a_u||_2 / ||W a||_2 for each token."""
     return activation(read).abs() / _size(read.output)
+
+
+@metric("reap", over_batch="mean", over_sequence="mean", per_use=True)
+def reap(read: Reading) -> Tensor:
+    """Length of what the unit writes; of an expert the mean of g ||f(x)|| over its tokens (REAP, arXiv 2510.13999)."""
+    return _written(read)
+
+
+@metric("frequency", over_batch="mean", over_sequence="mean")
+def frequency(read: Reading) -> Tensor:
+    """One for each token that the unit was used for: of experts, the part of all tokens that chose them."""
+    return torch.ones_like(read.activation[..., 0], dtype=_wide(read.activation))
+
+
+@metric("gate", over_batch="mean", over_sequence="mean", per_use=True)
+def gate(read: Reading) -> Tensor:
+    """The router's weight for an expert, over the tokens that chose it (CP of arXiv 2605.28207); 1 of other units."""
+    ones = frequency(read)
+    return ones if read.gate is None else ones * read.gate
 
 
 def _size(output: Tensor) -> Tensor:

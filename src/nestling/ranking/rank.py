@@ -15,12 +15,14 @@ from transformers import PreTrainedModel
 
 from nestling.anatomy import Anatomy, Axis
 from nestling.errors import NestlingError
+from nestling.ranking.experts import removal_errors
 from nestling.ranking.layers import DAMAGES, greedy, leave_one_out
 from nestling.ranking.metrics import Metric, find_metric
 from nestling.ranking.ranking import Ranking, Scores
 from nestling.ranking.sweep import Batch, Measured, sweep
 
 LAYER_METRICS = ("block_influence", *DAMAGES)
+REMOVAL = "output_error"  # of experts: each left out in turn, its tokens routed anew
 
 
 def rank(
@@ -39,7 +41,8 @@ def rank(
     metric: importance of width units, `contribution`, `relative`, `activation` (Minitron's), a baseline (`magnitude`,
         `wanda`, `flap`, `taylor`, `random`, ...) or one registered with `nestling.ranking.metric`; or a mapping from
         axis to metric; what the axis declares unless given. A name such as `activation@x` reads the axis at another
-        place that its architecture names (`x`, `z` of Mamba-2).
+        place that its architecture names (`x`, `z` of Mamba-2). For experts also `reap`, `frequency`, `gate`, and
+        `output_error`, which leaves out each in turn.
     over_batch, over_sequence: aggregation `mean`, `l2` or `var`; the metric's own unless given.
     layers: `block_influence` (in the same sweep), or `perplexity`, `kl`, `output_error` when each is left out in turn.
     greedy_layers: remove this many layers one after another, scoring anew each time (not for block influence).
@@ -53,13 +56,17 @@ def rank(
     names = {axis.field: axis.metric for axis in anatomy.axes.values()} | {
         anatomy.axis(f).field: chosen[f] for f in chosen
     }
+    removed = [field for field, name in names.items() if name == REMOVAL and anatomy.axis(field).active]
     metrics = {
-        field: _aggregated(anatomy.axis(field), name, over_batch, over_sequence) for field, name in names.items()
+        field: _aggregated(anatomy.axis(field), name, over_batch, over_sequence)
+        for field, name in names.items()
+        if field not in removed
     }
-    if layers != "block_influence":
+    if layers != "block_influence" or removed:
         batches = list(batches)
     measured = sweep(model, batches, metrics, progress)
-    scores: dict[str, Scores] = {field: _combined(anatomy, field, measured) for field in anatomy.axes}
+    scores: dict[str, Scores] = {field: _combined(anatomy, field, measured) for field in metrics}
+    scores |= {field: removal_errors(model, batches) for field in removed}
     scores[anatomy.depth_field] = _layer_scores(model, batches, measured, layers, greedy_layers)
     info = {
         "metric": names,

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 from nestling import processes
 from nestling.anatomy import Anatomy, Axis, Place, decoder
 from nestling.anatomy.bypass import evaluating
-from nestling.anatomy.notation import Dimension, Sizes
+from nestling.anatomy.notation import Dimension, Layout, Sizes
 from nestling.errors import DataError
 from nestling.ranking.aggregate import Aggregate
+from nestling.ranking.experts import ExpertScores
 from nestling.ranking.gradients import differentiating, go_back, pieces
 from nestling.ranking.metrics import Metric, Reading
 
@@ -80,8 +81,9 @@ class _Watch:
         self.metrics = metrics
         self.tokens = 0
         self._mask: Tensor | None = None
+        self._shape: tuple[int, int] = (0, 0)
         self._units = {
-            (axis, layer, place): Aggregate(metric.over_batch, metric.over_sequence, metric.over_inside)
+            (axis, layer, place): self._aggregate(anatomy.axis(axis), layer, place, metric)
             for axis, metric in metrics.items()
             for layer in range(anatomy.num_layers)
             for place in anatomy.places(anatomy.axis(axis), layer, metric.at)
@@ -89,12 +91,21 @@ class _Watch:
         self._similarity = [torch.zeros((), dtype=torch.float64) for _ in range(anatomy.num_layers)]
         self.seen = 0
 
+    def _aggregate(self, axis: Axis, layer: int, place: Place, metric: Metric) -> Aggregate | ExpertScores:
+        layout, sizes = self.anatomy.tensors[place.tensor].layout, self.anatomy.sizes(layer)
+        if not _of_experts(layout):
+            return Aggregate(metric.over_batch, metric.over_sequence, metric.over_inside)
+        units = self.anatomy.units(axis, layer)
+        experts = layout[0].size(sizes)
+        return ExpertScores(experts, units // experts, metric)
+
     def begin(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
         """Note the batch's padding; returns what the model is called with."""
         inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
         mask = inputs.get("attention_mask")
         padded = mask is not None and not bool(mask.all())
         self._mask = mask[..., None].float() if padded and mask is not None else None
+        self._shape = (inputs["input_ids"].shape[0], inputs["input_ids"].shape[1])
         self.tokens = int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
         self.seen += self.tokens
         return inputs
@@ -126,6 +137,8 @@ class _Watch:
     def _record(self, place: Place, axes: list[Axis]) -> Callable[..., None]:
         spec = self.anatomy.tensors[place.tensor]
         layer, sizes = spec.layer or 0, self.anatomy.sizes(spec.layer)
+        if _of_experts(spec.layout):
+            return self._record_experts(place, axes)
         read, written = self._read(place)
         views = {axis.field: read.unit_view((*axis.within, axis.letter), sizes) for axis in axes}
 
@@ -139,7 +152,9 @@ class _Watch:
                 if metric.gradients == (gradient is not None):
                     seen = (by_units(source, *view), output, by_units(weight, *view))
                     reading = Reading(*seen, None if gradient is None else by_units(gradient, *view))
-                    self._units[name, layer, place].add(metric.magnitude(reading), self._mask)
+                    scores = self._units[name, layer, place]
+                    assert isinstance(scores, Aggregate)
+                    scores.add(metric.magnitude(reading), self._mask)
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             source = args[0] if place.part is None else output
@@ -148,6 +163,18 @@ class _Watch:
                 add(module, *kept, None)
             if source.requires_grad:
                 source.register_hook(lambda gradient: add(module, *kept, gradient))
+
+        return hook
+
+    def _record_experts(self, place: Place, axes: list[Axis]) -> Callable[..., None]:
+        spec = self.anatomy.tensors[place.tensor]
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            mask = torch.ones(*self._shape, 1, device=output.device) if self._mask is None else self._mask
+            for axis in axes:
+                scores = self._units[axis.field, spec.layer or 0, place]
+                assert isinstance(scores, ExpertScores)
+                scores.add(module, args, output, mask, whole=axis.letter in spec.layout[0].letters)
 
         return hook
 
@@ -166,6 +193,9 @@ class _Watch:
         self.seen = int(processes.summed(torch.tensor(self.seen)))
         self._similarity = list(processes.summed(torch.stack(self._similarity)))
         for (axis, layer, place), aggregate in self._units.items():
+            if isinstance(aggregate, ExpertScores):
+                aggregate.merge(device)
+                continue
             units = self.anatomy.units(self.anatomy.axis(axis), layer)
             width = self._read(place)[0].size(self.anatomy.sizes(layer))
             aggregate.merge((units, width // units) if self.metrics[axis].over_inside else (units,), device)
@@ -183,6 +213,11 @@ class _Watch:
     def influence(self) -> Tensor:
         """Block influence, 1 - E[cos(input, output)] `[num_layers]` (ShortGPT, arXiv 2403.03853)."""
         return 1 - torch.stack(self._similarity) / max(1, self.seen)
+
+
+def _of_experts(layout: Layout) -> bool:
+    """Whether a tensor holds one matrix for each routed expert."""
+    return len(layout) == 3
 
 
 def _part(dimension: Dimension, number: int, sizes: Sizes) -> tuple[Dimension, slice]:

@@ -50,8 +50,7 @@ class Part:
         made = anatomy.architecture
         length = attended_length(anatomy, self.layer, work.context)
         kept = length * products_size(made.kv_cache.get(self.block, ()), sizes)
-        state = (*made.state.get(self.block, ()), *made.recent.get(self.block, ()))
-        return weights, work.batch * (kept + products_size(state, sizes))
+        return weights, work.batch * (kept + products_size(made.state.get(self.block, ()), sizes))
 
 
 # ---- parts of a model

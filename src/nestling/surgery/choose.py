@@ -15,7 +15,7 @@ import torch
 from torch import LongTensor, Tensor
 
 from nestling.anatomy import Anatomy, Axis, TensorSpec
-from nestling.anatomy.notation import Choice
+from nestling.anatomy.notation import Choice, kept_elements
 from nestling.errors import ShapeError
 from nestling.ranking.ranking import Ranking
 from nestling.shape import Form, fit
@@ -34,11 +34,15 @@ class Selection:
         return spec.layer is None or spec.layer in self.form.layers
 
     def index(self, spec: TensorSpec) -> tuple[LongTensor | None, ...]:
-        """For each dimension of a tensor the elements that stay; None where all do. The layer must be a kept one."""
+        """For each dimension of a tensor the elements that stay; None where all do. The layer must be a kept one.
+
+        `[n]`, or `[first, n]` where they differ between the kept elements of the first dimension, as neurons do between
+        experts.
+        """
         layer = self.form.layers[0] if spec.layer is None else spec.layer
         choices = self.choices[self.form.layers.index(layer)]
         sizes = self.anatomy.sizes(spec.layer)
-        return tuple(dimension.index(choices, sizes) for dimension in spec.layout)
+        return kept_elements(spec.layout, choices, sizes)
 
 
 def choose(anatomy: Anatomy, ranking: Ranking, shape: Mapping[str, Any], ascending: bool = True) -> Selection:

@@ -11,13 +11,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from nestling.anatomy import Anatomy, TensorSpec
-from nestling.anatomy.notation import Dimension
+from nestling.anatomy.notation import Dimension, take
 from nestling.anatomy.per_layer import model_class
+from nestling.experts import use_fast_experts
 from nestling.hub.quiet import quiet
 from nestling.ranking.ranking import Ranking
 from nestling.shape import child_config
@@ -96,15 +97,6 @@ def sliced(weights: Mapping[str, Tensor], selection: Selection) -> dict[str, Ten
     return result
 
 
-def take(tensor: Tensor, index: tuple[LongTensor | None, ...]) -> Tensor:
-    """The elements of a tensor that an index per dimension keeps."""
-    kept = tensor
-    for dim, elements in enumerate(index):
-        if elements is not None:
-            kept = kept.index_select(dim, elements.to(tensor.device))
-    return kept.clone() if kept is tensor else kept
-
-
 def assemble(parent: PreTrainedModel, selection: Selection, weights: dict[str, Tensor]) -> PreTrainedModel:
     """A plain transformers model of the selection's shape that holds these weights."""
     config = child_config(selection.anatomy, selection.form)
@@ -117,6 +109,9 @@ def assemble(parent: PreTrainedModel, selection: Selection, weights: dict[str, T
             dtype=parent.dtype,
             attn_implementation=parent.config._attn_implementation,
         )
+    if child._can_set_experts_implementation():
+        child.set_experts_implementation(parent.config._experts_implementation)
+        use_fast_experts(child)
     child.generation_config = copy.deepcopy(parent.generation_config)
     return cast(Any, child).to(parent.device).train(parent.training)
 

@@ -1,6 +1,7 @@
 """`masked`: for a while, the parent computes exactly what the slice would.
 
-Every tensor is seen through a zero mask that the anatomy implies, dropped layers return their input, and every norm
+Every tensor is seen through a zero mask that the anatomy implies, dropped layers return their input, routers choose
+among the experts that stay, and every norm
 takes its statistics over the kept channels only (zeroed channels would otherwise still count in the mean; see
 arXiv 2504.11409 and the identity RMSNorm_slice(x_k; eps) = sqrt(r) RMSNorm_full(m x; eps r)). Parameters are
 shadowed on their modules while the layer runs, never changed, so gradients reach the parent and are zero outside the
@@ -20,6 +21,7 @@ from torch import LongTensor, Tensor, nn
 from transformers import PreTrainedModel
 
 from nestling.anatomy import Anatomy, TensorSpec
+from nestling.anatomy.routing import narrowed
 from nestling.errors import ShapeError
 from nestling.ranking.ranking import Ranking
 from nestling.surgery.choose import Selection, choose, prefix_ranking
@@ -41,7 +43,7 @@ def masked(
     anatomy = Anatomy.of(model)
     selection = choose(anatomy, _ranking_for(model, anatomy, shape, ranking), shape)
     with ExitStack() as hooks:
-        for path, specs in by_module(anatomy).items():
+        for path, specs in _by_module(anatomy).items():
             _mask_module(model, path, specs, selection, hooks)
         for layer, module in enumerate(anatomy.layers(model)):
             if layer not in selection.form.layers:
@@ -64,7 +66,7 @@ def _ranking_for(
     return prefix_ranking(anatomy, depth if isinstance(depth, Tensor) else torch.zeros(anatomy.num_layers))
 
 
-def by_module(anatomy: Anatomy) -> dict[str, list[TensorSpec]]:
+def _by_module(anatomy: Anatomy) -> dict[str, list[TensorSpec]]:
     modules: dict[str, list[TensorSpec]] = {}
     for spec in anatomy.tensors.values():
         modules.setdefault(spec.module, []).append(spec)
@@ -79,34 +81,34 @@ def _mask_module(model: nn.Module, path: str, specs: list[TensorSpec], selection
     cut = {name: index for name, index in indices.items() if _shortened(index, getattr(module, name))}
     if not cut:
         return
-    inner = is_inner(anatomy, path, layer)
-    if is_norm(module, specs) and not inner:
+    relative = path.removeprefix(f"{anatomy.layer_path(layer or 0)}.")
+    inner = layer is not None and relative in anatomy.architecture.inner_norms
+    routed = anatomy.architecture.routed
+    if routed is not None and relative == routed.router and (kept := next(iter(indices.values()))[0]) is not None:
+        hooks.callback(module.register_forward_hook(_route_among(kept)).remove)
+        return
+    if _is_norm(module, specs) and not inner:
         kept = next(iter(cut.values()))[0]
         assert kept is not None
-        hooks.callback(module.register_forward_hook(narrow_norm(kept)).remove)
+        hooks.callback(module.register_forward_hook(_narrow_norm(kept)).remove)
         return
     views: dict[str, Callable[[Any], Any]] = {
-        name: times(_mask(getattr(module, name), index)) for name, index in cut.items()
+        name: _times(_mask(getattr(module, name), index)) for name, index in cut.items()
     }
     if inner:
         views = _corrected(module, views, cut["weight"][0])
     runs = module if layer is None else model.get_submodule(anatomy.layer_path(layer))
-    hooks.callback(runs.register_forward_pre_hook(shadow(module, views)).remove)
-    hooks.callback(runs.register_forward_hook(unshadow(module, views), always_call=True).remove)
+    hooks.callback(runs.register_forward_pre_hook(_shadow(module, views)).remove)
+    hooks.callback(runs.register_forward_hook(_unshadow(module, views), always_call=True).remove)
 
 
 def _shortened(index: tuple[LongTensor | None, ...], tensor: Tensor) -> bool:
-    return any(kept is not None and len(kept) < size for kept, size in zip(index, tensor.shape, strict=True))
+    return any(kept is not None and kept.shape[-1] < size for kept, size in zip(index, tensor.shape, strict=True))
 
 
-def is_norm(module: nn.Module, specs: list[TensorSpec]) -> bool:
+def _is_norm(module: nn.Module, specs: list[TensorSpec]) -> bool:
     """A leaf whose tensors are all vectors over the same channels normalizes them."""
     return not any(True for _ in module.children()) and all(len(spec.layout) == 1 for spec in specs)
-
-
-def is_inner(anatomy: Anatomy, path: str, layer: int | None) -> bool:
-    """Whether a module is a norm that its mixer may apply inside a kernel, without calling it."""
-    return layer is not None and path.removeprefix(f"{anatomy.layer_path(layer)}.") in anatomy.architecture.inner_norms
 
 
 def _mask(tensor: Tensor, index: tuple[LongTensor | None, ...]) -> Tensor:
@@ -114,13 +116,25 @@ def _mask(tensor: Tensor, index: tuple[LongTensor | None, ...]) -> Tensor:
     mask = torch.ones((), dtype=tensor.dtype, device=tensor.device)
     for dim, kept in enumerate(index):
         if kept is not None:
-            line = torch.zeros(tensor.shape[dim], dtype=tensor.dtype, device=tensor.device)
-            line[kept.to(tensor.device)] = 1
-            mask = mask * line.view([-1 if i == dim else 1 for i in range(tensor.dim())])
+            mask = mask * _line(tensor, dim, index[0], kept.to(tensor.device))
     return mask
 
 
-def times(factor: Tensor | float) -> Callable[[Any], Any]:
+def _line(tensor: Tensor, dim: int, first: LongTensor | None, kept: Tensor) -> Tensor:
+    """Ones at the kept elements of one dimension, which may differ between kept elements of the `first` dimension."""
+    shape = [1] * tensor.dim()
+    shape[0] = len(tensor) if kept.dim() > 1 else 1
+    line = tensor.new_zeros(shape[0], tensor.shape[dim], requires_grad=False)
+    if kept.dim() == 1:
+        line[0, kept] = 1
+    else:
+        rows = torch.arange(len(tensor)) if first is None else first
+        line[rows.to(tensor.device)[:, None], kept] = 1
+    shape[dim] = tensor.shape[dim]
+    return line.view(shape)
+
+
+def _times(factor: Tensor | float) -> Callable[[Any], Any]:
     return lambda value: value * factor
 
 
@@ -129,11 +143,11 @@ def _corrected(module: nn.Module, views: dict[str, Callable], kept: LongTensor |
     assert kept is not None
     share = len(kept) / len(cast(Tensor, module.weight))
     weight = views["weight"]
-    return views | {"weight": lambda value: weight(value) * share**0.5, EPS: times(share)}
+    return views | {"weight": lambda value: weight(value) * share**0.5, EPS: _times(share)}
 
 
-def shadow(module: nn.Module, views: dict[str, Callable]) -> Callable[..., None]:
-    """Hook that puts a view of each attribute in front of it, and `unshadow` the one that takes it away again."""
+def _shadow(module: nn.Module, views: dict[str, Callable]) -> Callable[..., None]:
+    """Hook that puts a view of each attribute in front of it, and `_unshadow` the one that takes it away again."""
 
     def hook(runs: nn.Module, args: Any) -> None:
         for name, view in views.items():
@@ -143,7 +157,7 @@ def shadow(module: nn.Module, views: dict[str, Callable]) -> Callable[..., None]
     return hook
 
 
-def unshadow(module: nn.Module, views: dict[str, Callable]) -> Callable[..., None]:
+def _unshadow(module: nn.Module, views: dict[str, Callable]) -> Callable[..., None]:
     def hook(runs: nn.Module, args: Any, output: Any) -> None:
         for name in views:
             before = module.__dict__.pop(SHADOWED + name, None)
@@ -154,7 +168,12 @@ def unshadow(module: nn.Module, views: dict[str, Callable]) -> Callable[..., Non
     return hook
 
 
-def narrow_norm(kept: LongTensor) -> Callable[..., Tensor]:
+def _route_among(kept: LongTensor) -> Callable[..., Any]:
+    """Replace a router's output by that of the same router over the kept experts."""
+    return lambda module, args, output: narrowed(module, kept)(*args)
+
+
+def _narrow_norm(kept: LongTensor) -> Callable[..., Tensor]:
     """Replace a norm's output by that of the same norm over the kept channels, zero elsewhere."""
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

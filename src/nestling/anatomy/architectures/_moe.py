@@ -1,0 +1,26 @@
+"""What models with routed experts have in common: a router, and experts as tensors with one matrix for each.
+
+Letters: `experts` of a layer, `neuron` inside an expert. Neurons are chosen expert by expert, and as many in each,
+since all experts of a layer are one tensor.
+"""
+
+from nestling.anatomy.declare import Axis
+
+EXPERTS = {
+    "experts.gate_up_proj": "experts (neuron + neuron) hidden",
+    "experts.down_proj": "experts hidden neuron",
+}
+
+
+def expert_axes(experts: str, width: str, at: str = "mlp") -> tuple[Axis, ...]:
+    """Experts, and neurons in them, by the config fields that hold their sizes; `at` is the block they are in."""
+    read = (f"{at}.experts.down_proj",)
+    return (
+        Axis("experts", experts, active="num_experts_per_tok", scored_at=read),
+        Axis("neuron", width, within=("experts",), counts_all=False, scored_at=read, metric="relative"),
+    )
+
+
+def routed_tensors(at: str = "mlp", router: str = "gate") -> dict[str, str]:
+    """The tensors of a block of gated experts."""
+    return {f"{at}.{router}.weight": "experts hidden"} | {f"{at}.{name}": spec for name, spec in EXPERTS.items()}

@@ -1,0 +1,136 @@
+"""Mixtral and its kin: experts in every layer, each a gated FFN.
+
+Mixtral normalizes over the chosen experts, Qwen3-MoE and OLMoE where `norm_topk_prob` says so, Granite and GPT-OSS by
+a softmax over the chosen. Qwen3-MoE may have dense layers in between. OLMoE normalizes the queries of all heads
+together, in a norm as wide as the hidden size, which binds that to the heads.
+"""
+
+from nestling.anatomy.architectures._dense import (
+    ATTENDS,
+    ATTENTION,
+    ATTENTION_BIAS,
+    KV_CACHE,
+    MLP,
+    MODEL,
+    PRE_NORMS,
+    SIZES,
+    axes,
+)
+from nestling.anatomy.architectures._moe import expert_axes, routed_tensors
+from nestling.anatomy.architectures.qwen import HEAD_NORMS
+from nestling.anatomy.declare import Architecture, Axis, Config, Routed, register
+
+HIDDEN, FFN, KV, Q = axes()
+STREAM: tuple[Axis, ...] = (HIDDEN, KV, Q)
+
+register(
+    Architecture(
+        model_type="mixtral",
+        axes=(*STREAM, *expert_axes("num_local_experts", "intermediate_size")),
+        sizes=SIZES,
+        tensors=MODEL,
+        blocks={"attention": ATTENTION, "moe": routed_tensors(), "norms": PRE_NORMS},
+        kv_cache=KV_CACHE,
+        attends=ATTENDS,
+        routed=Routed("mlp.gate", "mlp.experts"),
+    )
+)
+
+register(
+    Architecture(
+        model_type="granitemoe",
+        axes=(*STREAM, *expert_axes("num_local_experts", "intermediate_size", at="block_sparse_moe")),
+        sizes=SIZES,
+        tensors=MODEL,
+        blocks={
+            "attention": ATTENTION | ATTENTION_BIAS,
+            "moe": routed_tensors("block_sparse_moe", "router"),
+            "norms": PRE_NORMS,
+        },
+        kv_cache=KV_CACHE,
+        attends=ATTENDS,
+        routed=Routed("block_sparse_moe.router", "block_sparse_moe.experts"),
+        logits_divisor="logits_scaling",
+    )
+)
+
+
+def qwen3_blocks(config: Config, layer: int) -> tuple[str, ...]:
+    """A layer has experts unless it is listed as dense or the sparse step passes it over."""
+    sparse = layer not in (config.mlp_only_layers or []) and (layer + 1) % config.decoder_sparse_step == 0
+    return ("attention", "moe" if sparse else "mlp", "norms")
+
+
+register(
+    Architecture(
+        model_type="qwen3_moe",
+        axes=(*axes(), *expert_axes("num_experts", "moe_intermediate_size")),
+        sizes=SIZES,
+        tensors=MODEL,
+        blocks={
+            "attention": ATTENTION | ATTENTION_BIAS | HEAD_NORMS,
+            "mlp": MLP,
+            "moe": routed_tensors(),
+            "norms": PRE_NORMS,
+        },
+        layer_blocks=qwen3_blocks,
+        kv_cache=KV_CACHE,
+        attends=ATTENDS,
+        routed=Routed("mlp.gate", "mlp.experts", post="norm_topk_prob"),
+        listed_blocks={"mlp_only_layers": "mlp"},
+        derived={"decoder_sparse_step": lambda config: 1},
+    )
+)
+
+
+def olmoe_refuses(config: Config) -> str | None:
+    """The norm over all queries has as many channels as the residual stream."""
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim is None or config.hidden_size == config.num_attention_heads * head_dim:
+        return None
+    return f"hidden_size={config.hidden_size} must be num_attention_heads times {head_dim}: cut both alike"
+
+
+register(
+    Architecture(
+        model_type="olmoe",
+        axes=(*STREAM, *expert_axes("num_experts", "intermediate_size")),
+        sizes=SIZES,
+        tensors=MODEL,
+        blocks={
+            "attention": ATTENTION
+            | ATTENTION_BIAS
+            | {"self_attn.q_norm.weight": "(kv q d)", "self_attn.k_norm.weight": "(kv d)"},
+            "moe": routed_tensors(),
+            "norms": PRE_NORMS,
+        },
+        kv_cache=KV_CACHE,
+        attends=ATTENDS,
+        routed=Routed("mlp.gate", "mlp.experts", post="norm_topk_prob"),
+        refuses=olmoe_refuses,
+    )
+)
+
+register(
+    Architecture(
+        model_type="gpt_oss",
+        axes=(*STREAM, *expert_axes("num_local_experts", "intermediate_size")),
+        sizes=SIZES,
+        tensors=MODEL,
+        blocks={
+            "attention": ATTENTION | ATTENTION_BIAS | {"self_attn.sinks": "(kv q)"},
+            "moe": {
+                "mlp.router.weight": "experts hidden",
+                "mlp.router.bias": "experts",
+                "mlp.experts.gate_up_proj": "experts hidden (neuron 2)",
+                "mlp.experts.gate_up_proj_bias": "experts (neuron 2)",
+                "mlp.experts.down_proj": "experts neuron hidden",
+                "mlp.experts.down_proj_bias": "experts hidden",
+            },
+            "norms": PRE_NORMS,
+        },
+        kv_cache=KV_CACHE,
+        attends=ATTENDS,
+        routed=Routed("mlp.router", "mlp.experts"),
+    )
+)

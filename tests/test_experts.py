@@ -1,0 +1,204 @@
+"""Fast experts against a loop over tokens and slots in float64: values, every gradient, recomputation, odd routings."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from nestling import experts
+from nestling.experts import NAME, Experts, experts_forward, plan, use_fast_experts
+from tests.models import tiny
+
+HIDDEN, WIDTH, EXPERTS = 6, 5, 7
+
+
+class Module(nn.Module):
+    """The attributes that transformers gives its experts modules."""
+
+    has_post_expert_norm = _is_expert_parallel = False
+    _apply_gate = experts.stock._default_apply_gate
+
+    def __init__(self, has_gate=True, has_bias=False, is_transposed=False, act=None):
+        super().__init__()
+        self.has_gate, self.has_bias, self.is_transposed, self.num_experts = has_gate, has_bias, is_transposed, EXPERTS
+        self.act_fn = act or nn.SiLU()
+        name, inner = ("gate_up_proj", 2 * WIDTH) if has_gate else ("up_proj", WIDTH)
+        up, down = torch.randn(EXPERTS, inner, HIDDEN), torch.randn(EXPERTS, HIDDEN, WIDTH)
+        if is_transposed:
+            up, down = up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
+        self.register_parameter(name, nn.Parameter(up))
+        self.down_proj = nn.Parameter(down)
+        if has_bias:
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.randn(EXPERTS, inner)))
+            self.down_proj_bias = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
+        self.double()
+
+
+def naive(module, hidden, index, weights):
+    """Token by token, slot by slot."""
+    up = module.gate_up_proj if module.has_gate else module.up_proj
+    outputs = []
+    for token in range(len(hidden)):
+        total = 0 * hidden[token]
+        for slot, expert in enumerate(index[token].tolist()):
+            if expert >= EXPERTS:
+                continue
+            inner = hidden[token] @ up[expert] if module.is_transposed else up[expert] @ hidden[token]
+            if module.has_bias:
+                inner = inner + module.gate_up_proj_bias[expert]
+            neurons = module.act_fn(inner[:WIDTH]) * inner[WIDTH:] if module.has_gate else module.act_fn(inner)
+            down = module.down_proj[expert]
+            output = neurons @ down if module.is_transposed else down @ neurons
+            if module.has_bias:
+                output = output + module.down_proj_bias[expert]
+            total = total + weights[token, slot] * output
+        outputs.append(total)
+    return torch.stack(outputs)
+
+
+ROUTINGS = {
+    "even": lambda: torch.stack([torch.randperm(EXPERTS)[:3] for _ in range(40)]),
+    "all to one": lambda: torch.full((30, 1), 4),
+    "uneven": lambda: torch.stack([torch.randperm(3 if i % 3 else EXPERTS)[:2] for i in range(50)]),
+    "few": lambda: torch.tensor([[6, 0], [0, 2]]),
+    "one token": lambda: torch.tensor([[5, 1]]),
+    "some nowhere": lambda: torch.randint(0, EXPERTS + 1, (20, 2)),
+    "all nowhere": lambda: torch.full((4, 2), EXPERTS),
+}
+KINDS = {
+    "gated": {},
+    "gelu": {"act": nn.GELU()},
+    "no gate": {"has_gate": False, "act": nn.ReLU()},
+    "transposed, biases": {"has_bias": True, "is_transposed": True},
+}
+
+
+def grads(function, module, hidden, index, weights):
+    hidden, weights = hidden.clone().requires_grad_(), weights.clone().requires_grad_()
+    output = function(module, hidden, index, weights)
+    leaves = [hidden, weights, *module.parameters()]
+    probe = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)
+    return output.detach(), torch.autograd.grad(
+        (output * probe).sum(), leaves, allow_unused=True, materialize_grads=True
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_values_and_gradients_are_those_of_a_loop(kind, routing):
+    module, index = Module(**KINDS[kind]), ROUTINGS[routing]()
+    hidden = torch.randn(len(index), HIDDEN, dtype=torch.float64)
+    weights = torch.rand(index.shape, dtype=torch.float64)
+    expected = grads(naive, module, hidden, index, weights)
+    found = grads(experts_forward, module, hidden, index, weights)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(experts_forward(module, hidden, index, weights), expected[0], rtol=1e-12, atol=1e-12)
+
+
+def test_a_wrong_gradient_would_show():
+    module, index = Module(), ROUTINGS["even"]()
+    hidden, weights = torch.randn(40, HIDDEN).double(), torch.rand(40, 3).double()
+    expected = grads(naive, module, hidden, index, weights)[1]
+    wrong = grads(lambda *a: naive(a[0], a[1], a[2], a[3].detach() + 0 * a[3]), module, hidden, index, weights)[1]
+    assert not torch.allclose(wrong[1], expected[1])
+
+
+def test_gradcheck():
+    module, index = Module(), torch.tensor([[0, 3], [3, 6], [1, 3]])
+    inputs = (torch.randn(3, HIDDEN).double().requires_grad_(), torch.rand(3, 2).double().requires_grad_())
+    parameters = (module.gate_up_proj, module.down_proj)
+
+    def function(hidden, weights, up, down):
+        return experts._Compute.apply(
+            hidden, weights, index, up.transpose(1, 2), down.transpose(1, 2), None, None, None
+        )
+
+    assert torch.autograd.gradcheck(function, (*inputs, *parameters))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputation_and_double_use_give_the_same_gradients(reentrant):
+    module, index = Module(), ROUTINGS["even"]()
+    hidden, weights = torch.randn(40, HIDDEN).double(), torch.rand(40, 3).double()
+
+    def twice(function, m, h, i, w):
+        return function(m, torch.tanh(function(m, h, i, w)), i.flip(0), w)
+
+    def recomputed(m, h, i, w):
+        return checkpoint(lambda *a: twice(experts_forward, *a), m, h, i, w, use_reentrant=reentrant)
+
+    expected = grads(lambda *a: twice(naive, *a), module, hidden, index, weights)
+    # a reentrant checkpoint takes gradients by backward() alone
+    h, w = hidden.clone().requires_grad_(), weights.clone().requires_grad_()
+    output = recomputed(module, h, index, w)
+    (output * torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)).sum().backward()
+    found = [h.grad, w.grad, *(p.grad for p in module.parameters())]
+    torch.testing.assert_close(found, list(expected[1]), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_every_slot_has_a_row_of_its_own(routing):
+    index = ROUTINGS[routing]()
+    layout, row_of_slot, token_of_row = plan(index, EXPERTS)
+    real = index < EXPERTS
+    rows = row_of_slot[real]
+    assert len(set(rows.tolist())) == real.sum() == len(rows)
+    tokens = torch.arange(len(index))[:, None].expand_as(index)
+    assert torch.equal(token_of_row[rows], tokens[real])
+    if (~real).any():
+        assert set(row_of_slot[~real].tolist()) == {layout.rows - 1}
+        assert layout.spare
+    starts = {expert: (first, end) for expert, first, end in layout.rest}
+    for row, expert in zip(rows.tolist(), index[real].tolist(), strict=True):
+        inside = row // layout.capacity if row < layout.batched else None
+        assert inside == expert if inside is not None else starts[expert][0] <= row < starts[expert][1]
+
+
+def test_padding_is_a_small_part_of_even_work():
+    torch.manual_seed(0)
+    layout, _, _ = plan(torch.stack([torch.randperm(64)[:8] for _ in range(1024)]), 64)
+    assert layout.rows < 1.15 * 8192
+
+
+def test_what_is_kept_for_the_backward_pass_is_the_up_projection_and_little_else():
+    module, index = Module(), torch.stack([torch.randperm(EXPERTS)[:3] for _ in range(400)])
+    hidden, weights = torch.randn(400, HIDDEN).double().requires_grad_(), torch.rand(400, 3).double()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        experts_forward(module, hidden, index, weights)
+    own = {p.data_ptr() for p in module.parameters()} | {hidden.data_ptr(), weights.data_ptr()}
+    numbers = sum(t.numel() for t in kept if t.data_ptr() not in own and t.is_floating_point())
+    assert numbers <= 1.25 * index.numel() * 2 * WIDTH
+
+
+def test_bfloat16_and_autocast_stay_near_float64():
+    module, index = Module(), ROUTINGS["even"]()
+    hidden, weights = torch.randn(40, HIDDEN).double(), torch.rand(40, 3).double()
+    expected = experts_forward(module, hidden, index, weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        close = experts_forward(module.float(), hidden.float(), index, weights.float())
+    assert close.dtype == torch.bfloat16
+    torch.testing.assert_close(close.double(), expected, rtol=0.1, atol=0.5)
+
+
+def test_a_norm_after_each_expert_is_not_ours():
+    module = Module()
+    module.has_post_expert_norm = True
+    assert Experts.of(module) is None
+
+
+def test_a_model_computes_the_same_with_it():
+    model = tiny("qwen3_moe", dtype=torch.float32)
+    ids = torch.randint(3, 90, (2, 9))
+    model.set_experts_implementation("eager")
+    expected = model(input_ids=ids).logits
+    model.set_experts_implementation("grouped_mm")
+    assert use_fast_experts(model).config._experts_implementation == NAME
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_implementation_that_was_chosen_stays():
+    model = tiny("qwen3_moe")
+    model.set_experts_implementation("eager")
+    assert use_fast_experts(model).config._experts_implementation == "eager"
