@@ -45,6 +45,7 @@ def brief(monkeypatch) -> None:
     quick = functools.partial(evaluate.speed, prompt_tokens=4, new_tokens=1, rounds=1, warmup=0)
     monkeypatch.setattr(evaluate, "speed", quick)
     monkeypatch.setattr(child, "PROMPTS", ("the model",))
+    monkeypatch.setattr(child, "SAMPLE_TOKENS", 2)
 
 
 def run(capsys, *arguments: object) -> dict:

@@ -38,6 +38,7 @@ from nestling.surgery.repair import Repair
 from nestling.train import documented
 
 HELD_BACK = 4096  # tokens on which short distillations are compared, at most
+SAMPLE_TOKENS = 40
 PROMPTS = (
     "The most important thing about a library is",
     'def read_config(path):\n    """Read the configuration',
@@ -177,7 +178,7 @@ class Parent:
     def _continue(self, model: PreTrainedModel, prompt: str) -> str:
         inputs = self.tokenizer(prompt, return_tensors="pt").to(model.device)
         output = cast(Any, model).generate(
-            **inputs, max_new_tokens=40, do_sample=False, pad_token_id=self.tokenizer.eos_token_id
+            **inputs, max_new_tokens=SAMPLE_TOKENS, do_sample=False, pad_token_id=self.tokenizer.eos_token_id
         )
         return str(self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 

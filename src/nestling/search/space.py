@@ -187,8 +187,11 @@ def grid(anatomy: Anatomy, axis: Axis, floor: float) -> list[int]:
         ]
     for step in (256, 128, 64, 32, 16, 8, 4, 2, 1):
         sizes = [size for size in range(full - full % step, lowest - 1, -step) if size > 0]
+        enough = 9 if axis.scope == "layer" else 5
+        if step > 1 and sum(size >= full / 2 for size in sizes) < enough:
+            continue  # asking the config class is slow, and can only make them fewer
         sizes = [n for n in sizes if n == full or allowed(pricing, pricing.capped({axis.field: n}))]
-        if len([size for size in sizes if size >= full / 2]) >= (9 if axis.scope == "layer" else 5) or step == 1:
+        if step == 1 or sum(size >= full / 2 for size in sizes) >= enough:
             return sizes if full in sizes else [full, *sizes]
     return [full]
 
