@@ -101,6 +101,15 @@ class Budget:
                 return False
         return True
 
+    def used_by(self, cost: Cost, parent: Cost) -> float:
+        """How much of the tightest limit a cost uses, 1 for all of it; what was not measured aside."""
+        pairs = [
+            (getattr(cost, LIMITS[name]), getattr(parent, LIMITS[name]), limit) for name, limit in self.limits.items()
+        ]
+        return max(
+            (value / limit.of(whole) for value, whole, limit in pairs if value is not None and whole), default=1.0
+        )
+
     def resolved(self, parent: Cost) -> Budget:
         """The same limits in absolute figures, for a model that is cut from another one than `parent`.
 

@@ -6,12 +6,14 @@ code 130, and the run folder is as the last finished stage or checkpoint left it
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import takewhile
 from typing import Any
 
 from nestling.cli.job import Job
@@ -19,6 +21,8 @@ from nestling.errors import NestlingError
 
 # What the file system refuses anywhere is the user's to mend; other errors of the system are bugs.
 PLACE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+# Options whose name would be a keyword of Python.
+SHORT = {"--from": "--each_from"}
 # verb -> (module, settings, function, one line of help)
 VERBS = {
     "inspect": ("inspect", "InspectSettings", "inspect", "what a model is made of, and what it costs"),
@@ -28,6 +32,7 @@ VERBS = {
     "pretrain": ("pretrain", "PretrainVerb", "pretrain_model", "train a model from scratch on text"),
     "distill": ("distill", "DistillVerb", "distill_model", "retrain a student from its teacher"),
     "compress": ("compress", "CompressSettings", "compress", "the whole job: rank, search, prune, distill, report"),
+    "family": ("family", "FamilySettings", "family", "several children of one model in one job"),
     "eval": ("evaluate", "EvalSettings", "evaluate_model", "perplexity, minimal pairs, lm-eval tasks"),
     "bench": ("evaluate", "BenchSettings", "bench", "prefill and decode speed of models, side by side"),
     "report": ("report", "ReportSettings", "report", "write the page of a finished run anew"),
@@ -84,6 +89,25 @@ def _plain(message: str) -> str:
     return re.sub(r"Expected a <class '(\w+)'>\. Got value: ", r"expected \1, got ", text).rstrip(":. ")
 
 
+def _as_lists(arguments: list[str], verb: str) -> list[str]:
+    """Several values after an option that takes a list (`--to 0.75x 0.5x`), as the parser wants them."""
+    module, settings, _, _ = VERBS[verb]
+    taking = {
+        f"--{field.name}"
+        for field in dataclasses.fields(getattr(import_module(f"nestling.recipes.{module}"), settings))
+        if field.type == "list[str]"
+    }
+    result: list[str] = []
+    waiting = [SHORT.get(argument, argument) for argument in arguments]
+    while waiting:
+        argument = waiting.pop(0)
+        values = list(takewhile(lambda value: not value.startswith("-"), waiting)) if argument in taking else []
+        several = bool(values) and not values[0].startswith("[")
+        result.append(f"{argument}={json.dumps(values)}" if several else argument)
+        waiting = waiting[len(values) :] if several else waiting
+    return result
+
+
 def _parsed(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     """The verb, and its settings by name."""
     from jsonargparse import ArgumentParser
@@ -100,5 +124,5 @@ def _parsed(arguments: list[str]) -> tuple[str, dict[str, Any]]:
         if named == verb:
             sub.add_class_arguments(getattr(import_module(f"nestling.recipes.{module}"), settings), as_positional=True)
         verbs.add_subcommand(verb, sub, help=summary)
-    chosen = parser.parse_args(arguments)
+    chosen = parser.parse_args(_as_lists(arguments, named) if named else arguments)
     return chosen.verb, parser.instantiate_classes(chosen)[chosen.verb].as_dict()

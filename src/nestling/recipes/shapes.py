@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nestling.anatomy import Anatomy
+from nestling.cost import Cost
 from nestling.ranking import Ranking
 from nestling.recipes.progress import bar, console
 from nestling.recipes.settings import ShapeSettings, listed
@@ -44,7 +45,7 @@ class Ground:
     """What shapes of one model are judged on.
 
     text: calibration text `[rows, context]`. repair: with which children are cut. losses: what was measured before, and
-    where it is kept. trial: short training of the finalists. target_of: the model that relative limits refer to.
+    where it is kept. trial: short training of the finalists.
     """
 
     model: PreTrainedModel
@@ -105,6 +106,14 @@ def _cuts(anatomy: Anatomy, space: Space) -> Iterator[Shape]:
     narrow += [(space.fill, space.fill_sizes[-1])] if space.fill else []
     for name, size in narrow[:1]:
         yield pricing.capped({name: size})
+
+
+def parent_cost(model: PreTrainedModel, settings: ShapeSettings, timed: bool) -> Cost:
+    """What a model costs whole, with its latency if that is asked for."""
+    anatomy = Anatomy.of(model)
+    table = measured(model, settings) if timed else None
+    time = (lambda form: table.milliseconds(anatomy, form)) if table else None
+    return Pricing(anatomy, settings.cost_context, settings.cost_batch, latency=time).cost({}, check_config=False)
 
 
 def measured(model: PreTrainedModel, settings: ShapeSettings) -> latency.Table:

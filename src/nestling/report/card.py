@@ -90,7 +90,7 @@ def table(found: Comparison) -> str:
     """The comparison in Markdown; empty if it has no rows."""
     if not found.rows:
         return ""
-    compared = len(found.stages) > 1
+    compared = found.paired
     lines = [["", *found.stages, *(["ratio"] if compared else [])]]
     lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
     for row in found.rows:

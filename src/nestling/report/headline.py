@@ -8,7 +8,7 @@ from typing import Any
 
 from nestling.report import human
 from nestling.report.rows import Row, data_name, evaluation, stages
-from nestling.report.run import mapping, number, words
+from nestling.report.run import items, mapping, number, words
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class Tile:
 
 
 def headline(summary: Mapping[str, Any]) -> list[Tile]:
-    """The tiles for which a child's figure is known."""
+    """The tiles for which a child's figure is known; a family has none, its table says more."""
+    if items(summary, "members"):
+        return []
     found = stages(summary)
     rows = [_params(summary), _memory(summary), _perplexity(summary, found), _speed(summary)]
     names = [("parent", "child"), ("parent", "child"), found, ("parent", "child")]

@@ -54,6 +54,8 @@ def render(run: Run) -> str:
             comparison=compare(summary),
             model=_model(summary),
             curve=[_panels(run, width) for width in (WIDE, NARROW)],
+            members=items(summary, "members"),
+            member_fields=list(dict.fromkeys(f for one in items(summary, "members") for f in mapping(one, "shape"))),
             candidates=tried,
             fields=fields(tried),
             scatter=[Markup(scatter(tried, width)) for width in (WIDE // 2, NARROW)],

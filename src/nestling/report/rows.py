@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nestling.report import human
-from nestling.report.run import mapping, number
+from nestling.report.run import items, mapping, number, words
 
 
 @dataclass(frozen=True)
@@ -44,21 +44,29 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Stages (`parent`, then some of `pruned`, `distilled`, `child`) and the rows that run through them."""
+    """Stages (`parent`, then some of `pruned`, `distilled`, `child`, or the members of a family) and the rows.
+
+    paired: whether the last stage is what became of the parent, so that a ratio says something.
+    """
 
     stages: tuple[str, ...]
     rows: tuple[Row, ...]
+    paired: bool
 
 
 def compare(summary: Mapping[str, Any]) -> Comparison:
     """The comparison that a summary holds; rows without any figure are left out."""
-    found = stages(summary)
-    every = [*_costs(summary, found), *_perplexities(summary, found), *_speeds(summary, found)]
-    return Comparison(found, tuple(row for row in every if any(value is not None for value in row.values)))
+    found = {stage: figures(summary, stage) for stage in stages(summary)}
+    every = [*_costs(found), *_perplexities(found), *_speeds(found)]
+    rows = tuple(row for row in every if any(value is not None for value in row.values))
+    return Comparison(tuple(found), rows, len(found) > 1 and not items(summary, "members"))
 
 
 def stages(summary: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the run went through, as far as the summary tells."""
+    """What the run went through, or the members that it made, as far as the summary tells."""
+    members = [words(member, "name") for member in items(summary, "members")]
+    if members:
+        return ("parent", *members)
     child = mapping(summary, "child")
     after = [name for name, key in (("pruned", "pruned"), ("distilled", "evaluation")) if mapping(child, key)]
     if not after and child:
@@ -66,14 +74,27 @@ def stages(summary: Mapping[str, Any]) -> tuple[str, ...]:
     return ("parent", *after)
 
 
+def figures(summary: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    """`cost`, `evaluation` and `speed` of a stage; speed is that of a model that is finished."""
+    for member in items(summary, "members"):
+        if words(member, "name") == stage:
+            return mapping(member)
+    if stage == "parent":
+        return mapping(summary, "parent")
+    child = mapping(summary, "child")
+    if stage == "pruned":
+        last = not mapping(child, "evaluation")
+        return {
+            "cost": child.get("cost"),
+            "evaluation": child.get("pruned"),
+            "speed": child.get("speed") if last else None,
+        }
+    return child
+
+
 def evaluation(summary: Mapping[str, Any], stage: str) -> dict[str, Any]:
     """{data: figures} as measured at a stage."""
-    path = {
-        "parent": ("parent", "evaluation"),
-        "pruned": ("child", "pruned"),
-        "distilled": ("child", "evaluation"),
-    }
-    return mapping(summary, *path[stage]) if stage in path else {}
+    return mapping(figures(summary, stage), "evaluation")
 
 
 def data_name(spec: str) -> str:
@@ -81,18 +102,18 @@ def data_name(spec: str) -> str:
     return spec.removeprefix("builtin:").rstrip("/").rsplit("/", 1)[-1] or spec
 
 
-def _costs(summary: Mapping[str, Any], found: tuple[str, ...]) -> Iterator[Row]:
-    before, after = mapping(summary, "parent", "cost"), mapping(summary, "child", "cost")
+def _costs(found: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
+    costs = [mapping(stage, "cost") for stage in found.values()]
 
     def row(label: str, key: str, show: Callable[[float | None], str]) -> Row:
-        return Row(label, (number(before, key), *[number(after, key)] * (len(found) - 1)), show)
+        return Row(label, tuple(number(cost, key) for cost in costs), show)
 
     yield row("parameters", "params", human.count)
-    if any(number(cost, "active_params") != number(cost, "params") for cost in (before, after)):
+    if any(number(cost, "active_params") != number(cost, "params") for cost in costs):
         yield row("active parameters", "active_params", human.count)
     yield row("weights", "weight_bytes", human.size)
-    yield row(f"KV cache{_at(before or after)}", "kv_bytes", human.size)
-    if number(before, "state_bytes") or number(after, "state_bytes"):
+    yield row(f"KV cache{_at(next(filter(None, costs), {}))}", "kv_bytes", human.size)
+    if any(number(cost, "state_bytes") for cost in costs):
         yield row("state", "state_bytes", human.size)
     yield row("compute per token", "flops_per_token", human.flops)
 
@@ -104,15 +125,14 @@ def _at(cost: Mapping[str, Any]) -> str:
     return f" at {context:,.0f}" + (f" x {batch:,.0f}" if batch and batch > 1 else "")
 
 
-def _perplexities(summary: Mapping[str, Any], found: tuple[str, ...]) -> Iterator[Row]:
-    measured = {stage: evaluation(summary, stage) for stage in found}
-    for data in dict.fromkeys(name for figures in measured.values() for name in figures):
-        values = tuple(number(measured[stage], data, "perplexity") for stage in found)
+def _perplexities(found: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
+    measured = [mapping(stage, "evaluation") for stage in found.values()]
+    for data in dict.fromkeys(name for figures in measured for name in figures):
+        values = tuple(number(figures, data, "perplexity") for figures in measured)
         yield Row(f"perplexity, {data_name(data)}", values, human.figure)
 
 
-def _speeds(summary: Mapping[str, Any], found: tuple[str, ...]) -> Iterator[Row]:
+def _speeds(found: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
     for label in ("prefill", "decode"):
-        before, after = (number(summary, who, "speed", f"{label}_tokens_per_s") for who in ("parent", "child"))
-        values = (before, *[None] * (len(found) - 2), after) if len(found) > 1 else (before,)
+        values = tuple(number(stage, "speed", f"{label}_tokens_per_s") for stage in found.values())
         yield Row(f"{label}, tokens/s", values, human.figure, more_is_better=True)

@@ -16,7 +16,7 @@ _STYLES = {"better": "green", "worse": "yellow", "same": "dim", "": "dim"}
 
 
 def comparison(summary: Mapping[str, Any]) -> Table:
-    """What a run did to its model, one figure a row: parent | pruned | distilled | ratio.
+    """What a run did to its model, one figure a row: parent | pruned | distilled | ratio, or parent | members.
 
     summary: the content of `summary.json`; what it lacks is left out.
     """
@@ -25,15 +25,15 @@ def comparison(summary: Mapping[str, Any]) -> Table:
     table.add_column("", overflow="fold", ratio=1)
     for stage in found.stages:
         table.add_column(stage, justify="right", no_wrap=True, style="bold" if stage == found.stages[-1] else "")
-    if len(found.stages) > 1:
+    if found.paired:
         table.add_column("ratio", justify="right", no_wrap=True)
     for row in found.rows:
-        table.add_row(*_cells(row))
+        table.add_row(*_cells(row, found.paired))
     return table
 
 
-def _cells(row: Row) -> list[Text]:
+def _cells(row: Row, paired: bool) -> list[Text]:
     cells = [Text(row.label), *(Text(row.show(value)) for value in row.values)]
-    if len(row.values) > 1:
+    if paired:
         cells.append(Text(human.ratio(row.ratio), style=_STYLES[row.verdict]))
     return cells

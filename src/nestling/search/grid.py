@@ -18,6 +18,9 @@ from nestling.shape import Shape
 # No axis is cut below this part of the parent's unless the budget cannot be met otherwise.
 FLOORS = (0.5, 0.25, 0.0)
 
+# A shape that leaves more than a tenth of its budget unused is left out if others use theirs.
+USED = 0.9
+
 Expected = Callable[[Shape], float]
 
 
@@ -42,7 +45,7 @@ def reachable(pricing: Pricing, budget: Budget, axes: tuple[str, ...] = ()) -> S
 
 
 def shapes(space: Space, expected: Expected | None = None, seed: int = 0) -> list[Priced]:
-    """All shapes of a space, or of a large one those that evolution finds by what they are expected to lose.
+    """All shapes of a space that use its budget, or of a large one those that evolution finds by what they should lose.
 
     expected: of a shape; without it a large space is sampled at random.
     """
@@ -52,7 +55,8 @@ def shapes(space: Space, expected: Expected | None = None, seed: int = 0) -> lis
         found = evolve(space, expected or (lambda shape: 0.0), seed)
     if not found:
         raise _unreachable(space.budget)
-    return distinct(found, space.pricing)
+    used = [priced for priced in found if space.budget.used_by(priced[1], space.parent) >= USED]
+    return distinct(used or found, space.pricing)
 
 
 def _unreachable(budget: Budget) -> TargetError:
