@@ -83,7 +83,7 @@ def readings(
             neurons = torch.cat([neurons, gate.to(neurons.dtype)], dim=-1)
             matrix = torch.cat([matrix, experts.down_bias[expert, :, None]], dim=-1)
         neurons, matrix = (neurons[:, None], matrix[:, None]) if whole else (neurons[..., None], matrix[..., None])
-        yield tokens, Reading(neurons[None], output[tokens][None], matrix, gate[None])
+        yield tokens, Reading(neurons[None], output[tokens][None], matrix, gate=gate[None])
 
 
 def removal_errors(
