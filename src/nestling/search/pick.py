@@ -19,7 +19,7 @@ from nestling.ranking import Ranking
 from nestling.search.candidate import Batch, Candidate, Losses, best_first, token_loss
 from nestling.search.grid import shapes
 from nestling.search.halving import Trial, halve
-from nestling.search.space import Priced, Pricing, Space, full_size, nominal
+from nestling.search.space import Priced, Pricing, Space, allowed, full_size, nominal
 from nestling.shape import Shape
 from nestling.surgery import prune
 
@@ -79,7 +79,8 @@ def _sensitivity(anatomy: Anatomy, whole: float, sizes: Mapping[str, list[int]],
     pricing = Pricing(anatomy)
     for field, used in sizes.items():
         full = full_size(anatomy, field)
-        points = sorted({used[0], used[len(used) // 2]} - {full})
+        alone = [size for size in used if size < full and allowed(pricing, pricing.capped({field: size}))]
+        points = sorted({alone[0], alone[len(alone) // 2]}) if alone else []
         curve = [(size, _added(measured.of(pricing.capped({field: size})), whole)) for size in points]
         curves[field] = [*curve, (full, 0.0)]
     return curves

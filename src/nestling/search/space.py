@@ -182,9 +182,9 @@ def grid(anatomy: Anatomy, axis: Axis, floor: float) -> list[int]:
     full = max(anatomy.value(axis, layer) for layer in range(anatomy.num_layers))
     lowest = max(1, round(full * floor))
     if axis.field not in fillers(anatomy) and axis.scope == "layer":
-        return [
-            n for n in range(full, lowest - 1, -1) if n == full or allowed(pricing, pricing.capped({axis.field: n}))
-        ]
+        # The config class may refuse a number of heads at one width and take it at another, so it is asked later.
+        every = range(full, lowest - 1, -1)
+        return [n for n in every if n == full or allowed(pricing, pricing.capped({axis.field: n}), check_config=False)]
     for step in (256, 128, 64, 32, 16, 8, 4, 2, 1):
         sizes = [size for size in range(full - full % step, lowest - 1, -step) if size > 0]
         enough = 9 if axis.scope == "layer" else 5
@@ -205,10 +205,10 @@ def fillers(anatomy: Anatomy) -> list[str]:
     return [axis.field for axis in sorted(lone, key=lambda axis: -_widest(anatomy, axis))]
 
 
-def allowed(pricing: Pricing, shape: Mapping[str, Value]) -> bool:
-    """Whether a shape can be cut and the architecture's config class takes it."""
+def allowed(pricing: Pricing, shape: Mapping[str, Value], check_config: bool = True) -> bool:
+    """Whether a shape can be cut, and the architecture's config class takes it."""
     try:
-        pricing.form(shape)
+        pricing.form(shape, check_config)
     except ShapeError:
         return False
     return True

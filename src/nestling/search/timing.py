@@ -46,11 +46,11 @@ def measure(
     dtype: torch.dtype,
     work: Work,
     progress: Callable[[int], None] | None = None,
-    probes: int = PROBES,
+    count: int = PROBES,
 ) -> dict[str, list[Sample]]:
     """Part -> its times at the sizes of each of some models. progress: told of each model that is done."""
     layers = _layers(anatomy, dtype)
-    shapes = _probes(anatomy, layers, probes)
+    shapes = probes(anatomy, layers, count)
     fastest: dict[tuple[int, str], Sample] = {}
     for turn in range(ROUNDS):
         order = list(enumerate(shapes))
@@ -82,7 +82,7 @@ def _layers(anatomy: Anatomy, dtype: torch.dtype) -> int:
     return anatomy.num_layers
 
 
-def _probes(anatomy: Anatomy, layers: int, count: int) -> list[dict[str, int]]:
+def probes(anatomy: Anatomy, layers: int, count: int) -> list[dict[str, int]]:
     """Sizes to time: everything whole, everything smallest, and draws from the grid between them."""
     options = {name: grid(anatomy, axis, 0.25) for name, axis in anatomy.axes.items()}
     rng, pricing = random.Random(0), Pricing(anatomy)
