@@ -93,7 +93,7 @@ def test_a_yaml_file_is_the_same_as_options(place, capsys):
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb, capsys):
     with pytest.raises(SystemExit) as left:
-        main([verb, "--help"])
+        main([*verb.split(), "--help"])
     assert left.value.code == 0
     said = capsys.readouterr().out
     assert "--config" in said and "--json" in said  # noqa: PT018

@@ -23,7 +23,7 @@ from nestling.errors import NestlingError
 PLACE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 # Options whose name would be a keyword of Python.
 SHORT = {"--from": "--each_from"}
-# verb -> (module, settings, function, one line of help)
+# verb, of one word or two -> (module, settings, function, one line of help)
 VERBS = {
     "inspect": ("inspect", "InspectSettings", "inspect", "what a model is made of, and what it costs"),
     "rank": ("rank", "RankSettings", "rank_model", "importance of everything, saved"),
@@ -66,10 +66,11 @@ def _refuse(job: Job, sentence: str) -> int:
 def _run(arguments: list[str]) -> int:
     from argparse import ArgumentError
 
+    named = _named(arguments)
     try:
-        chosen, values = _parsed(arguments)
+        chosen, values = _parsed(arguments, named)
     except ArgumentError as error:
-        verb = next((argument for argument in arguments if argument in VERBS), "")
+        verb = named or ""
         hint = f"see nestling {verb} --help" if verb else "see nestling --help"
         raise NestlingError(f"{_plain(str(error))}: {hint}") from error
     as_json = values.pop("json")
@@ -108,14 +109,20 @@ def _as_lists(arguments: list[str], verb: str) -> list[str]:
     return result
 
 
-def _parsed(arguments: list[str]) -> tuple[str, dict[str, Any]]:
-    """The verb, and its settings by name."""
+def _named(arguments: list[str]) -> str | None:
+    """The verb on the command line: its first two words, or one of them."""
+    return next((verb for verb in (" ".join(arguments[:2]), *arguments) if verb in VERBS), None)
+
+
+def _parsed(arguments: list[str], named: str | None) -> tuple[str, dict[str, Any]]:
+    """The verb, and its settings by name. A verb of two words is one word with a hyphen to the parser."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog="nestling", description="Turn one language model into a family.", exit_on_error=False)
     parser.add_argument("--version", action="version", version=f"%(prog)s {import_module('nestling').__version__}")
     verbs = parser.add_subcommands(required=True, dest="verb", metavar="VERB")
-    named = next((argument for argument in arguments if argument in VERBS), None)
+    if named and " " in named:
+        arguments = [_hyphened(named), *arguments[2:]]
     for verb, (module, settings, _, summary) in VERBS.items():
         sub = ArgumentParser(description=summary, exit_on_error=False)
         if named in (None, verb):
@@ -123,6 +130,11 @@ def _parsed(arguments: list[str]) -> tuple[str, dict[str, Any]]:
             sub.add_argument("--json", action="store_true", help="print one JSON object on the last line")
         if named == verb:
             sub.add_class_arguments(getattr(import_module(f"nestling.recipes.{module}"), settings), as_positional=True)
-        verbs.add_subcommand(verb, sub, help=summary)
+        verbs.add_subcommand(_hyphened(verb), sub, help=summary)
     chosen = parser.parse_args(_as_lists(arguments, named) if named else arguments)
-    return chosen.verb, parser.instantiate_classes(chosen)[chosen.verb].as_dict()
+    verb = next(verb for verb in VERBS if _hyphened(verb) == chosen.verb)
+    return verb, parser.instantiate_classes(chosen)[chosen.verb].as_dict()
+
+
+def _hyphened(verb: str) -> str:
+    return verb.replace(" ", "-")
