@@ -28,6 +28,15 @@ COMMON = {
 ODD = {"hidden_size": 80, "head_dim": 12}
 
 MAMBA2 = {"num_heads": 12, "head_dim": 8, "state_size": 6, "n_groups": 2, "chunk_size": 5}
+PARALLEL = {
+    "mamba_n_heads": 12,
+    "mamba_d_head": 8,
+    "mamba_d_state": 6,
+    "mamba_n_groups": 2,
+    "mamba_chunk_size": 5,
+    "mamba_proj_bias": True,
+}
+FACTORS = {"lm_head_multiplier": 0.625, "embedding_multiplier": 2.0, "ssm_multipliers": [0.5, 1.25, 0.75, 1.5, 0.625]}
 HYBRID = {
     "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"],
     "mamba_num_heads": 6,
@@ -83,6 +92,31 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "nemotron": ("nemotron", ODD | {"partial_rotary_factor": 0.5}),
     "mamba2": ("mamba2", MAMBA2),
     "mamba2-tied": ("mamba2", MAMBA2 | {"tie_word_embeddings": True, "use_bias": True, "n_groups": 1}),
+    "bamba": ("bamba", PARALLEL | {"attn_layer_indices": [2]}),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        PARALLEL
+        | {
+            "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+            "num_local_experts": 0,
+            "shared_intermediate_size": 44,
+            "position_embedding_type": "rope",
+            "residual_multiplier": 0.7,
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 4.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "falcon_h1": (
+        "falcon_h1",
+        PARALLEL | FACTORS | {"mamba_d_ssm": 54, "mamba_n_heads": 6, "mamba_d_head": 9, "mamba_d_state": 5},
+    ),
+    "falcon_h1-norm": (
+        "falcon_h1",
+        PARALLEL
+        | FACTORS
+        | {"mamba_d_ssm": 54, "mamba_n_heads": 6, "mamba_d_head": 9, "mamba_d_state": 5, "mamba_rms_norm": True},
+    ),
     "nemotron_h": ("nemotron_h", HYBRID | {"head_dim": 10}),
     "nemotron_h-biases": (
         "nemotron_h",
@@ -152,10 +186,13 @@ def random_ranking(model: PreTrainedModel, seed: int = 0) -> Ranking:
     return Ranking(scores)
 
 
-MAMBA_CUTS = (
-    {"mamba_num_heads": 4, "mamba_head_dim": 7, "ssm_state_size": 3},
-    {"mamba_num_heads": 2, "mamba_head_dim": 4, "ssm_state_size": 4},
-)
+# Sizes of heads, channels and state that go with a hidden size of 36, and with one of 24.
+MAMBA_CUTS = {
+    "nemotron_h": ({"mamba_num_heads": 4, "mamba_head_dim": 7, "ssm_state_size": 3}, {"mamba_num_heads": 2}),
+    "falcon_h1": ({"mamba_n_heads": 4, "mamba_d_head": 7, "mamba_d_state": 3}, {"mamba_n_heads": 2}),
+    "bamba": ({"mamba_n_heads": 6, "mamba_d_head": 6, "mamba_d_state": 4}, {"mamba_n_heads": 6}),
+    "granitemoehybrid": ({"mamba_n_heads": 6, "mamba_d_head": 6, "mamba_d_state": 4}, {"mamba_n_heads": 6}),
+}
 
 
 def cuts(variant: str) -> list[dict]:
@@ -173,19 +210,20 @@ def cuts(variant: str) -> list[dict]:
         ]
     if variant in MOE:
         return moe_cuts(variant)
-    mamba = variant.startswith("nemotron_h")
-    some, few = (MAMBA_CUTS[i] if mamba else {} for i in (0, 1))
+    some, few = MAMBA_CUTS.get(VARIANTS[variant][0], ({}, {}))
+    ffn = "shared_intermediate_size" if variant == "granitemoehybrid" else "intermediate_size"
+    whole = few.get("mamba_n_heads") == 6  # heads times channels stay a multiple of the hidden size
     heads = {"num_attention_heads": 4} | ({"num_key_value_heads": 4} if variant == "llama-mha" else {})
     return [
-        {"intermediate_size": 30},
-        {"hidden_size": 36},
+        {ffn: 30},
+        {"hidden_size": 32 if whole else 36},
         heads,
         {"num_key_value_heads": 1},
         {"num_hidden_layers": 3},
-        {"intermediate_size": [44, 30, 17, 8]},
-        {"num_hidden_layers": 3, "intermediate_size": [10, 20, 30], "hidden_size": 36} | heads | some,
-        {"num_hidden_layers": 2, "intermediate_size": 12, "hidden_size": 24, "num_key_value_heads": 1} | few,
-        *({field: size} for field, size in some.items()),
+        {ffn: [44, 30, 17, 8]},
+        {"num_hidden_layers": 3, ffn: [10, 20, 30], "hidden_size": 36} | heads | some,
+        {"num_hidden_layers": 2, ffn: 12, "hidden_size": 24, "num_key_value_heads": 1} | few,
+        *({field: size} for field, size in some.items() if size != 6 or field in few),
     ]
 
 

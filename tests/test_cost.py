@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from nestling.anatomy import Anatomy
-from nestling.cost import cost
+from nestling.cost import cost, cost_by_kind
 from nestling.errors import ShapeError
+from nestling.shape import fit
 from nestling.surgery import choose, prune
 from tests.models import VARIANTS, cuts, random_ranking, tiny
 
@@ -30,7 +31,35 @@ NEMOTRON = {
 }
 MINITRON_8B = NEMOTRON | {"hidden_size": 4096, "intermediate_size": 16384, "num_attention_heads": 48}
 MINITRON_4B = NEMOTRON | {"hidden_size": 3072, "intermediate_size": 9216, "num_attention_heads": 24}
+NEMOTRON_H = {"vocab_size": 131072, "n_groups": 8, "ssm_state_size": 128, "num_key_value_heads": 8, "head_dim": 128}
+PATTERN_H = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+NEMOTRON_H_8B = NEMOTRON_H | {
+    "hybrid_override_pattern": PATTERN_H,
+    "hidden_size": 4096,
+    "intermediate_size": 21504,
+    "num_attention_heads": 32,
+    "mamba_num_heads": 128,
+    "mamba_head_dim": 64,
+}
+NEMOTRON_H_4B = NEMOTRON_H_8B | {"hidden_size": 3072, "intermediate_size": 12288, "mamba_num_heads": 112}
+NANO_V2_12B = NEMOTRON_H | {
+    "hybrid_override_pattern": "M-M-M-M*-" * 6 + "M-M-M-M-",
+    "hidden_size": 5120,
+    "intermediate_size": 20480,
+    "num_attention_heads": 40,
+    "mamba_num_heads": 128,
+    "mamba_head_dim": 80,
+}
+NANO_V2_9B = NANO_V2_12B | {
+    "hybrid_override_pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+    "hidden_size": 4480,
+    "intermediate_size": 15680,
+}
 PUBLISHED = {
+    "Nemotron-H-8B": ("nemotron_h", NEMOTRON_H_8B, 8.10),
+    "Nemotron-H-4B": ("nemotron_h", NEMOTRON_H_4B, 4.49),
+    "Nemotron-Nano-v2-12B": ("nemotron_h", NANO_V2_12B, 12.31),
+    "Nemotron-Nano-v2-9B": ("nemotron_h", NANO_V2_9B, 8.89),
     "Llama-3.1-8B": ("llama", LLAMA_3_1_8B, 8.03),
     "Minitron-8B": ("nemotron", MINITRON_8B, 8.27),
     "Minitron-4B": ("nemotron", MINITRON_4B, 4.19),
@@ -41,6 +70,44 @@ PUBLISHED = {
 def test_published_counts_come_from_the_config_alone(name):
     model_type, fields, billions = PUBLISHED[name]
     assert cost(AutoConfig.for_model(model_type, **fields)).params / 1e9 == pytest.approx(billions, abs=0.005)
+
+
+def test_nemotron_h_4b_is_a_cut_of_nemotron_h_8b():
+    large, small = (AutoConfig.for_model("nemotron_h", **fields) for fields in (NEMOTRON_H_8B, NEMOTRON_H_4B))
+    shape = {field: NEMOTRON_H_4B[field] for field in ("hidden_size", "intermediate_size", "mamba_num_heads")}
+    assert cost(large, shape) == cost(small)
+
+
+def test_states_and_caches_of_a_hybrid_by_hand():
+    anatomy, context, batch = Anatomy.of(AutoConfig.for_model("nemotron_h", **NEMOTRON_H_8B)), 8192, 2
+    found = cost(anatomy, context=context, batch=batch, dtype=torch.bfloat16)
+    inner, groups, state = 128 * 64, 8, 128
+    states = 24 * (128 * 64 * 128 * 4 + (inner + 2 * groups * state) * 4 * 2)
+    assert found.state_bytes == batch * states
+    assert found.kv_bytes == batch * context * 4 * 2 * (8 * 128) * 2
+    kinds = cost_by_kind(anatomy, fit(anatomy, {}), context, batch, torch.bfloat16)
+    assert {kind: layers for kind, (layers, _) in kinds.items()} == {"mamba": 24, "mlp": 24, "attention": 4}
+    assert kinds["mamba"][1].state_bytes == found.state_bytes
+    assert kinds["attention"][1].kv_bytes == found.kv_bytes
+    mamba = 4096 * (2 * inner + 2 * groups * state + 128) + (inner + 2 * groups * state) * 5 + 3 * 128 + inner
+    assert kinds["mamba"][1].params == 24 * (mamba + inner * 4096 + 4096)
+    assert kinds["mlp"][1].params == 24 * (2 * 4096 * 21504 + 4096)
+    embeddings = 2 * 131072 * 4096 + 4096
+    assert sum(price.params for _, price in kinds.values()) == found.params - embeddings
+    more = cost(anatomy, context=2 * context, batch=batch, dtype=torch.bfloat16)
+    assert (more.state_bytes, more.kv_bytes) == (found.state_bytes, 2 * found.kv_bytes)
+
+
+@pytest.mark.parametrize("variant", ["nemotron_h", "mamba2", "bamba", "falcon_h1", "granitemoehybrid"])
+@torch.no_grad()
+def test_states_are_those_that_a_cache_holds(variant):
+    model = tiny(variant, dtype=torch.bfloat16)
+    cache = model(torch.ones(3, 7, dtype=torch.long), use_cache=True).cache
+    held = 0
+    for layer in cache.layers:
+        for states in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
+            held += sum(tensor.numel() * tensor.element_size() for tensor in states.values())
+    assert held == cost(model, batch=3, context=7).state_bytes > 0
 
 
 def test_minitron_4b_is_a_cut_of_minitron_8b():

@@ -1,8 +1,10 @@
 """Nestling turns one language model into a family: rank, prune and distill Hugging Face checkpoints."""
 
+from nestling import elastic
 from nestling.anatomy import Anatomy
 from nestling.cost import Cost, cost
 from nestling.distill import distill
+from nestling.elastic import Family
 from nestling.errors import NestlingError, ShapeError, UnsupportedArchitecture
 from nestling.hub import load
 from nestling.pretrain import pretrain
@@ -15,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Anatomy",
     "Cost",
+    "Family",
     "NestlingError",
     "Ranking",
     "Shape",
@@ -22,6 +25,7 @@ __all__ = [
     "UnsupportedArchitecture",
     "cost",
     "distill",
+    "elastic",
     "load",
     "masked",
     "pretrain",

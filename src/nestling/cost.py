@@ -3,14 +3,15 @@
 Every figure is a sum over the declared layouts, so an architecture's declaration is all that this file needs.
 Formulas: parameters are counted once where embeddings are tied; FLOPs per token are 2 per weight of every matrix a
 token meets (the output matrix counts, the embedding look-up does not) plus 4 per query channel and attended
-position (scores and values), for one new token after `context` others.
+position (scores and values) plus 5 per element of a recurrent state (decay, input, output), for one new token after
+`context` others. A recurrent state is float32 in any model, as transformers keeps it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from nestling.anatomy import Anatomy, TensorSpec
 from nestling.anatomy.notation import parse
 from nestling.shape import Form, fit
+
+STATE_BYTES = 4  # of one element of a recurrent state
+ADDS_UP = ("params", "active_params", "weight_bytes", "kv_bytes", "state_bytes", "flops_per_token")
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def cost_of_form(
     anatomy: Anatomy, form: Form, context: int = 4096, batch: int = 1, dtype: torch.dtype | None = None
 ) -> Cost:
     """As `cost`, for a form that has been fitted already."""
-    item = torch.empty((), dtype=dtype or _dtype(anatomy.config)).element_size()
+    item = item_bytes(anatomy.config, dtype)
     architecture = anatomy.architecture
     params, active, matmul = 0, 0.0, 0.0
     for spec, sizes in _tensors(anatomy, form):
@@ -89,16 +93,39 @@ def cost_of_form(
         length * products_size(_one(architecture.attends.get(block)), sizes) for sizes, block, length in attended
     )
     state = sum(products_size(architecture.state.get(block, ()), sizes) for _, sizes, block in blocks)
+    recent = sum(products_size(architecture.recent.get(block, ()), sizes) for _, sizes, block in blocks)
     return Cost(
         params=params,
         active_params=round(active),
         weight_bytes=params * item,
         kv_bytes=kv * batch * item,
-        state_bytes=state * batch * item,
-        flops_per_token=round(2 * matmul + 4 * attention),
+        state_bytes=(STATE_BYTES * state + item * recent) * batch,
+        flops_per_token=round(2 * matmul + 4 * attention + 5 * state),
         context=context,
         batch=batch,
     )
+
+
+def cost_by_kind(
+    anatomy: Anatomy, form: Form, context: int = 4096, batch: int = 1, dtype: torch.dtype | None = None
+) -> dict[str, tuple[int, Cost]]:
+    """For each kind of layer how many there are, and what they cost together, without embeddings and final norm.
+
+    A kind is named after the blocks that a layer is made of, norms left out: `mamba`, `attention+mlp`.
+    """
+    bare = cost_of_form(anatomy, replace(form, layers=(), sizes=form.sizes[:1]), context, batch, dtype)
+    kinds: dict[str, list[int]] = {}
+    for position, layer in enumerate(form.layers):
+        kinds.setdefault(anatomy.kind(layer), []).append(position)
+    found = {}
+    for kind, positions in kinds.items():
+        part = replace(
+            form, layers=tuple(form.layers[i] for i in positions), sizes=tuple(form.sizes[i] for i in positions)
+        )
+        whole = cost_of_form(anatomy, part, context, batch, dtype)
+        own = {name: getattr(whole, name) - getattr(bare, name) for name in ADDS_UP}
+        found[kind] = (len(positions), replace(whole, **own))
+    return found
 
 
 def _tensors(anatomy: Anatomy, form: Form) -> Iterator[tuple[TensorSpec, dict[str, int]]]:
@@ -118,7 +145,7 @@ def _blocks(anatomy: Anatomy, form: Form) -> Iterator[tuple[int, dict[str, int],
     for spec in anatomy.tensors.values():
         if spec.layer is not None and spec.block is not None:
             blocks.setdefault(spec.layer, set()).add(spec.block)
-    for layer, sizes in zip(form.layers, form.sizes, strict=True):
+    for layer, sizes in zip(form.layers, form.sizes, strict=False):  # no layers, and the sizes of the model's own
         for block in sorted(blocks[layer]):
             yield layer, sizes, block
 
@@ -152,6 +179,8 @@ def _one(product: str | None) -> tuple[str, ...]:
     return (product,) if product else ()
 
 
-def _dtype(config: PreTrainedConfig) -> torch.dtype:
-    dtype = getattr(config, "dtype", None)
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+def item_bytes(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> int:
+    """Bytes of one number in `dtype`, the model's own unless given."""
+    own = getattr(config, "dtype", None)
+    own = getattr(torch, own) if isinstance(own, str) else own
+    return torch.empty((), dtype=dtype or own or torch.float32).element_size()

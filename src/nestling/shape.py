@@ -141,7 +141,7 @@ def child_config(anatomy: Anatomy, form: Form) -> PreTrainedConfig:
             setattr(config, field, value)
     for letter, source in anatomy.architecture.sizes.items():
         written = anatomy.architecture.explicit.get(letter)
-        if written and callable(source) and source(config) != anatomy.sizes(None)[letter]:
+        if written and callable(source) and (differing or source(config) != anatomy.sizes(None)[letter]):
             setattr(config, written, anatomy.sizes(None)[letter])
     return config
 
@@ -241,6 +241,10 @@ def _values(anatomy: Anatomy, axis: Axis, wanted: dict[str, Any], kept: list[int
     given = wanted[axis.field]
     if axis.scope == "model" and not isinstance(given, int):
         raise ShapeError(f"{axis.field} runs through the whole model: give one number instead of {list(given)}")
+    if axis.field in anatomy.architecture.alike and not isinstance(given, int) and len(set(given)) > 1:
+        raise ShapeError(
+            f"{axis.field} is one size for all layers of a {anatomy.architecture.model_type}: give one number"
+        )
     if not isinstance(given, int) and len(given) != len(kept):
         raise ShapeError(
             f"{axis.field} has {len(given)} values but the target has {len(kept)} layers: give one value per kept layer"

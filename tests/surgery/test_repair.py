@@ -155,6 +155,31 @@ def test_measured_once_for_many_cuts_or_anew_for_each_is_the_same(monkeypatch, s
     assert len(passes) > len(batches)
 
 
+MIXED = {"mamba_num_heads": 4, "mamba_head_dim": 7, "intermediate_size": 20, "num_attention_heads": 4}
+
+
+def test_what_reads_a_norm_over_cut_units_is_left_alone():
+    model, batches = tiny("nemotron_h"), token_batches(6)
+    ranking = random_ranking(model)
+    plain, repaired = (prune(model, ranking, MIXED, repair=r) for r in (None, batches))
+    changed = [
+        name
+        for (name, a), b in zip(plain.named_parameters(), repaired.parameters(), strict=True)
+        if not torch.equal(a, b)
+    ]
+    assert changed == ["model.layers.1.mixer.down_proj.weight", "model.layers.2.mixer.o_proj.weight"]
+
+
+def test_a_whole_mixer_takes_over_the_layers_after_it():
+    model, batches = tiny("nemotron_h"), token_batches(6)
+    ranking, shape = without_layers(model, 1), {"num_hidden_layers": 3}
+    plain, repaired = (prune(model, ranking, shape, repair=r) for r in (None, batches))
+    ids = batches[0]["input_ids"]
+    wanted = logits(model, ids)
+    assert (logits(repaired, ids) - wanted).norm() < (logits(plain, ids) - wanted).norm()
+    assert not torch.equal(plain.model.layers[0].mixer.out_proj.weight, repaired.model.layers[0].mixer.out_proj.weight)
+
+
 def test_no_batches_are_refused():
     model = tiny("llama")
     with pytest.raises(DataError, match="no batches"):

@@ -141,6 +141,11 @@ class Anatomy:
             architecture.layer_blocks(self.config, layer) if architecture.layer_blocks else tuple(architecture.blocks)
         )
 
+    def kind(self, layer: int) -> str:
+        """What a layer is, by the names of its blocks that hold matrices: `mamba`, `attention+mlp`."""
+        blocks = self.architecture.blocks
+        return "+".join(b for b in self.blocks(layer) if any(" " in spec.strip("()") for spec in blocks[b].values()))
+
     @cached_property
     def _letters_in(self) -> list[frozenset[str]]:
         letters: list[set[str]] = [set() for _ in range(self.num_layers)]

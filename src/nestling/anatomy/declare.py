@@ -94,7 +94,8 @@ class Architecture:
     explicit: config fields to write down for letters whose size the config may leave to be derived from others.
     kv_cache: what one token adds to the KV cache of a layer that has the block named, as products of letters.
     attends: per block with attention, the product of letters that is one query's width over all heads.
-    state: what a sequence keeps in a layer that has the block named, however long it is, as products of letters.
+    state: what a sequence keeps in a layer that has the block named, however long it is, as products of letters: a
+        recurrent state, in float32. recent: the same, for what is kept in the model's dtype (a convolution's inputs).
     inner_norms: RMS norms that a mixer may apply inside its own kernel, maybe group by group; where units are cut,
         every group loses the same part of them.
     tied: the output matrix, which is the input embedding where the config ties them. lookup: the input embedding.
@@ -106,7 +107,9 @@ class Architecture:
     derived: config fields that follow from the sizes, with the function that gives them; None leaves a field alone.
     routed: where layers with routed experts have their router and experts.
     refuses: why a config is not possible although its class takes it, in a few words; None if it is.
-    logits_divisor, logits_softcap: config fields by which logits are divided, and tanh-capped.
+    alike: width fields that have one value in all layers, because the model's own code needs it so.
+    layer_arguments: what a layer's class takes after the config and the layer's number.
+    logits_divisor, logits_factor, logits_softcap: config fields by which logits are divided, multiplied, tanh-capped.
     rescale: corrections that keep the function when an axis shrinks.
     depth_field: config field that holds the number of layers.
     """
@@ -122,6 +125,7 @@ class Architecture:
     kv_cache: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     attends: Mapping[str, str] = field(default_factory=dict)
     state: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    recent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     inner_norms: tuple[str, ...] = ()
     tied: str = "lm_head.weight"
     lookup: str = "model.embed_tokens.weight"
@@ -134,7 +138,10 @@ class Architecture:
     derived: Mapping[str, Callable[[Config], int | None]] = field(default_factory=dict)
     routed: Routed | None = None
     refuses: Callable[[Config], str | None] | None = None
+    alike: tuple[str, ...] = ()
+    layer_arguments: Callable[[Config, int], tuple[Any, ...]] | None = None
     logits_divisor: str | None = None
+    logits_factor: str | None = None
     logits_softcap: str | None = None
     rescale: tuple[Rescale, ...] = ()
     depth_field: str = "num_hidden_layers"

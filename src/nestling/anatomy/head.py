@@ -1,7 +1,7 @@
 """The two halves of a causal language model: the backbone, and the head that turns hidden states into logits.
 
 Losses and evaluation need them apart, so that `[tokens, vocab]` never has to exist at once. What an architecture
-does to its logits (a divisor, a soft cap) is in its declaration and applied here.
+does to its logits (a divisor, a factor, a soft cap) is in its declaration and applied here.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ def logits_head(model: PreTrainedModel) -> Head:
     architecture = architecture_of(model.config)
     projection = model.get_output_embeddings()
     divisor = _number(model.config, architecture.logits_divisor)
+    factor = _number(model.config, architecture.logits_factor)
     softcap = _number(model.config, architecture.logits_softcap)
 
     def head(hidden: Tensor) -> Tensor:
         logits = projection(hidden)
         if divisor is not None:
             logits = logits / divisor
+        if factor is not None:
+            logits = logits * factor
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
         return logits

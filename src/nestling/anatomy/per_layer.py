@@ -60,7 +60,7 @@ def model_class(model_type: str) -> type[PreTrainedModel]:
         layers = cast(nn.ModuleList, self.get_submodule(path))
         for i, layer in enumerate(layers):
             sizes = {field: values[i] for field, values in (config.layer_shapes or {}).items()}
-            layers[i] = cast(Any, type(layer))(LayerConfig(config, sizes), i)
+            layers[i] = _made_anew(layer, config, sizes, i)
         self.post_init()
 
     members = {
@@ -68,10 +68,24 @@ def model_class(model_type: str) -> type[PreTrainedModel]:
         "config_class": config_class(model_type),
         # transformers reads this off the source of the class's module, which is this one
         "_can_set_experts_implementation": classmethod(lambda cls: stock._can_set_experts_implementation()),
+        # All code that makes weights is transformers': without this it leaves out buffers that the model makes.
+        "is_custom_code": classmethod(lambda cls: False),
         "__module__": __name__,
         "__doc__": f"{stock.__name__} whose layers have the sizes in `config.layer_shapes`.",
     }
     return type(f"Nestling{stock.__name__}", (stock,), members)
+
+
+def _made_anew(layer: nn.Module, config: PreTrainedConfig, sizes: dict[str, int], number: int) -> nn.Module:
+    """A layer of the same class with other sizes; buffers that the model gave it go along."""
+    more = ARCHITECTURES[config.base_model_type].layer_arguments
+    made = cast(Any, type(layer))(LayerConfig(config, sizes), number, *(more(config, number) if more else ()))
+    own = {name for name, _ in made.named_buffers()}
+    for name, buffer in layer.named_buffers():
+        if name not in own:
+            module, _, last = name.rpartition(".")
+            made.get_submodule(module).register_buffer(last, buffer, persistent=False)
+    return made
 
 
 class _Deferred:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -31,8 +31,11 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     overwrite: bool = False,
+    beside: Mapping[str, str] | None = None,
 ) -> Path:
     """Write model, generation config, tokenizer and chat template into `folder` as safetensors; the folder.
+
+    beside: text files to write with them, by name.
 
     Raises `CheckpointError` when `folder` is not empty (unless `overwrite`), cannot be written or does not fit on
     the disk. On any failure nothing is left behind, and a folder that was to be replaced is still the old one.
@@ -45,6 +48,8 @@ def save(
             model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        for name, text in (beside or {}).items():
+            (partial / name).write_text(text)
     return Path(folder)
 
 

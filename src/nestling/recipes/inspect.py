@@ -10,11 +10,11 @@ from transformers import PreTrainedConfig
 
 from nestling import hub
 from nestling.anatomy import Anatomy
-from nestling.cost import Cost, cost
+from nestling.cost import Cost, cost, cost_by_kind
 from nestling.recipes.progress import console
 from nestling.recipes.settings import at_least
 from nestling.report.human import count, size
-from nestling.shape import Shape
+from nestling.shape import Shape, fit
 
 
 @dataclass
@@ -47,10 +47,14 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
     cut = cost(anatomy, shape, settings.context, settings.batch) if shape else None
     console.print(_axes(anatomy, config))
     console.print(_costs(whole, cut))
+    kinds = cost_by_kind(anatomy, fit(anatomy, {}), settings.context, settings.batch)
+    if len(kinds) > 1:
+        console.print(_kinds(kinds))
     return {
         "architecture": anatomy.architecture.model_type,
         "axes": {field: _sizes(anatomy, field) for field in anatomy.fields},
         "cost": whole.to_dict(),
+        "kinds": {kind: {"layers": layers, **price.to_dict()} for kind, (layers, price) in kinds.items()},
         **({"shape": shape.to_dict(), "shape_cost": cut.to_dict()} if shape and cut else {}),
     }
 
@@ -73,6 +77,17 @@ def _axes(anatomy: Anatomy, config: PreTrainedConfig) -> Table:
         groups = f", inside {' '.join(axis.within)}" if axis.within else ""
         table.add_row(field, str(_sizes(anatomy, field)), where + groups)
     table.add_row(anatomy.depth_field, str(anatomy.num_layers), "whole layers")
+    return table
+
+
+def _kinds(kinds: dict[str, tuple[int, Cost]]) -> Table:
+    """What layers of each kind are and cost together."""
+    table = Table(title="by kind of layer", title_justify="left", box=None, pad_edge=False)
+    table.add_column("")
+    for column in ("layers", "params", "kv_bytes", "state_bytes"):
+        table.add_column(column, justify="right")
+    for kind, (layers, price) in kinds.items():
+        table.add_row(kind, str(layers), count(price.params), size(price.kv_bytes), size(price.state_bytes))
     return table
 
 

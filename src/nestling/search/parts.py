@@ -50,7 +50,8 @@ class Part:
         made = anatomy.architecture
         length = attended_length(anatomy, self.layer, work.context)
         kept = length * products_size(made.kv_cache.get(self.block, ()), sizes)
-        return weights, work.batch * (kept + products_size(made.state.get(self.block, ()), sizes))
+        state = (*made.state.get(self.block, ()), *made.recent.get(self.block, ()))
+        return weights, work.batch * (kept + products_size(state, sizes))
 
 
 # ---- parts of a model

@@ -43,7 +43,7 @@ def masked(
     anatomy = Anatomy.of(model)
     selection = choose(anatomy, _ranking_for(model, anatomy, shape, ranking), shape)
     with ExitStack() as hooks:
-        for path, specs in _by_module(anatomy).items():
+        for path, specs in by_module(anatomy).items():
             _mask_module(model, path, specs, selection, hooks)
         for layer, module in enumerate(anatomy.layers(model)):
             if layer not in selection.form.layers:
@@ -66,7 +66,7 @@ def _ranking_for(
     return prefix_ranking(anatomy, depth if isinstance(depth, Tensor) else torch.zeros(anatomy.num_layers))
 
 
-def _by_module(anatomy: Anatomy) -> dict[str, list[TensorSpec]]:
+def by_module(anatomy: Anatomy) -> dict[str, list[TensorSpec]]:
     modules: dict[str, list[TensorSpec]] = {}
     for spec in anatomy.tensors.values():
         modules.setdefault(spec.module, []).append(spec)
@@ -82,33 +82,38 @@ def _mask_module(model: nn.Module, path: str, specs: list[TensorSpec], selection
     if not cut:
         return
     relative = path.removeprefix(f"{anatomy.layer_path(layer or 0)}.")
-    inner = layer is not None and relative in anatomy.architecture.inner_norms
     routed = anatomy.architecture.routed
     if routed is not None and relative == routed.router and (kept := next(iter(indices.values()))[0]) is not None:
         hooks.callback(module.register_forward_hook(_route_among(kept)).remove)
         return
-    if _is_norm(module, specs) and not inner:
+    inner = is_inner(anatomy, path, layer)
+    if is_norm(module, specs) and not inner:
         kept = next(iter(cut.values()))[0]
         assert kept is not None
-        hooks.callback(module.register_forward_hook(_narrow_norm(kept)).remove)
+        hooks.callback(module.register_forward_hook(narrow_norm(kept)).remove)
         return
     views: dict[str, Callable[[Any], Any]] = {
-        name: _times(_mask(getattr(module, name), index)) for name, index in cut.items()
+        name: times(_mask(getattr(module, name), index)) for name, index in cut.items()
     }
     if inner:
         views = _corrected(module, views, cut["weight"][0])
     runs = module if layer is None else model.get_submodule(anatomy.layer_path(layer))
-    hooks.callback(runs.register_forward_pre_hook(_shadow(module, views)).remove)
-    hooks.callback(runs.register_forward_hook(_unshadow(module, views), always_call=True).remove)
+    hooks.callback(runs.register_forward_pre_hook(shadow(module, views)).remove)
+    hooks.callback(runs.register_forward_hook(unshadow(module, views), always_call=True).remove)
 
 
 def _shortened(index: tuple[LongTensor | None, ...], tensor: Tensor) -> bool:
     return any(kept is not None and kept.shape[-1] < size for kept, size in zip(index, tensor.shape, strict=True))
 
 
-def _is_norm(module: nn.Module, specs: list[TensorSpec]) -> bool:
+def is_norm(module: nn.Module, specs: list[TensorSpec]) -> bool:
     """A leaf whose tensors are all vectors over the same channels normalizes them."""
     return not any(True for _ in module.children()) and all(len(spec.layout) == 1 for spec in specs)
+
+
+def is_inner(anatomy: Anatomy, path: str, layer: int | None) -> bool:
+    """Whether a module is a norm that its mixer may apply inside a kernel, without calling it."""
+    return layer is not None and path.removeprefix(f"{anatomy.layer_path(layer)}.") in anatomy.architecture.inner_norms
 
 
 def _mask(tensor: Tensor, index: tuple[LongTensor | None, ...]) -> Tensor:
@@ -134,7 +139,7 @@ def _line(tensor: Tensor, dim: int, first: LongTensor | None, kept: Tensor) -> T
     return line.view(shape)
 
 
-def _times(factor: Tensor | float) -> Callable[[Any], Any]:
+def times(factor: Tensor | float) -> Callable[[Any], Any]:
     return lambda value: value * factor
 
 
@@ -143,11 +148,11 @@ def _corrected(module: nn.Module, views: dict[str, Callable], kept: LongTensor |
     assert kept is not None
     share = len(kept) / len(cast(Tensor, module.weight))
     weight = views["weight"]
-    return views | {"weight": lambda value: weight(value) * share**0.5, EPS: _times(share)}
+    return views | {"weight": lambda value: weight(value) * share**0.5, EPS: times(share)}
 
 
-def _shadow(module: nn.Module, views: dict[str, Callable]) -> Callable[..., None]:
-    """Hook that puts a view of each attribute in front of it, and `_unshadow` the one that takes it away again."""
+def shadow(module: nn.Module, views: dict[str, Callable]) -> Callable[..., None]:
+    """Hook that puts a view of each attribute in front of it, and `unshadow` the one that takes it away again."""
 
     def hook(runs: nn.Module, args: Any) -> None:
         for name, view in views.items():
@@ -157,7 +162,7 @@ def _shadow(module: nn.Module, views: dict[str, Callable]) -> Callable[..., None
     return hook
 
 
-def _unshadow(module: nn.Module, views: dict[str, Callable]) -> Callable[..., None]:
+def unshadow(module: nn.Module, views: dict[str, Callable]) -> Callable[..., None]:
     def hook(runs: nn.Module, args: Any, output: Any) -> None:
         for name in views:
             before = module.__dict__.pop(SHADOWED + name, None)
@@ -173,7 +178,7 @@ def _route_among(kept: LongTensor) -> Callable[..., Any]:
     return lambda module, args, output: narrowed(module, kept)(*args)
 
 
-def _narrow_norm(kept: LongTensor) -> Callable[..., Tensor]:
+def narrow_norm(kept: LongTensor) -> Callable[..., Tensor]:
     """Replace a norm's output by that of the same norm over the kept channels, zero elsewhere."""
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -8,8 +8,10 @@ are removed, what those added to the residual stream, d. Both are regressed on a
 
 over calibration tokens, each weighed by the length of the residual stream h that its layer leaves, so that the few
 tokens with massive activations do not decide alone. Activations are the parent's. The ridge is strong on purpose: a
-weak one fits the calibration text and is worse on other text. Folding removed layers into the matrix before them
-follows ReplaceMe (arXiv 2505.02819), which fits a map of the module's output instead of its input.
+weak one fits the calibration text and is worse on other text. A Mamba mixer's output matrix is left as it is when heads
+or channels go: it reads a norm over them, so what it reads of the kept ones is no longer the parent's. Folding removed
+layers into the matrix before them follows ReplaceMe (arXiv 2505.02819), which fits a map of the module's output instead
+of its input.
 """
 
 from __future__ import annotations
@@ -124,7 +126,9 @@ class Repair:
         moments, result = self._known[need.layer], {}
         gain = moments.gain() if need.end > need.layer else None
         for name, inputs in moments.inputs.items():
-            columns = selection.index(selection.anatomy.tensors[name])[-1]
+            columns = self._columns(selection, name)
+            if columns is not None and _normed(selection.anatomy, name):
+                continue
             last = name == next(reversed(moments.inputs))
             added = moments.added[need.end] / gain if gain is not None and last else None
             if columns is not None or added is not None:
@@ -136,13 +140,21 @@ class Repair:
         """One for each kept layer that loses units, or the layers after it."""
         kept = selection.form.layers
         ends = [following - 1 for following in (*kept[1:], selection.anatomy.num_layers)]
-        tensors = selection.anatomy.tensors
         return [
             Need(layer, end)
             for layer, end in zip(kept, ends, strict=True)
             if self._readers[layer]
-            and (end > layer or any(selection.index(tensors[name])[-1] is not None for name in self._readers[layer]))
+            and (end > layer or any(self._cut(selection, name) for name in self._readers[layer]))
         ]
+
+    def _columns(self, selection: Selection, name: str) -> Tensor | None:
+        """The columns of a reader that stay; None for all of them."""
+        kept = selection.index(selection.anatomy.tensors[name])[-1]
+        return None if kept is None or len(kept) == self.model.get_parameter(name).shape[-1] else kept
+
+    def _cut(self, selection: Selection, name: str) -> bool:
+        """Whether a reader loses columns that its kept ones may take over."""
+        return self._columns(selection, name) is not None and not _normed(selection.anatomy, name)
 
     def _has(self, need: Need) -> bool:
         return need.layer in self._known and (need.end == need.layer or need.end in self._known[need.layer].added)
@@ -268,6 +280,13 @@ class _Watch:
     @staticmethod
     def _sum(sums: dict[Any, Tensor], key: Any, value: Tensor) -> None:
         sums[key] = sums[key].add_(value) if key in sums else value
+
+
+def _normed(anatomy: Anatomy, name: str) -> bool:
+    """Whether a norm inside the mixer stands before a reader: what it reads then changes with what is cut."""
+    spec = anatomy.tensors[name]
+    norms = (f"{anatomy.layer_path(spec.layer or 0)}.{norm}.weight" for norm in anatomy.architecture.inner_norms)
+    return any(norm in anatomy.tensors and anatomy.tensors[norm].layout[0] == spec.layout[-1] for norm in norms)
 
 
 def _folded(weight: Tensor, inputs: Tensor, kept: Tensor | None, added: Tensor | None, ridge: float) -> Tensor:

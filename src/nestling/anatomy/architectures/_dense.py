@@ -12,11 +12,17 @@ def head_dim(config: Config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def axes(query: str = "self_attn.q_proj", gate: str = "mlp.gate_proj") -> tuple[Axis, ...]:
-    """The four width axes; `query` and `gate` are the modules that read the residual stream."""
+def axes(
+    query: str = "self_attn.q_proj",
+    gate: str = "mlp.gate_proj",
+    *others: str,
+    down: str = "mlp.down_proj",
+    neurons: str = "intermediate_size",
+) -> tuple[Axis, ...]:
+    """The four width axes; `query`, `gate` and `others` are the modules that read the residual stream."""
     return (
-        Axis("hidden", "hidden_size", scope="model", scored_at=(query, gate)),
-        Axis("ffn", "intermediate_size", scored_at=("mlp.down_proj",), metric="relative"),
+        Axis("hidden", "hidden_size", scope="model", scored_at=(query, gate, *others)),
+        Axis("ffn", neurons, scored_at=(down,), metric="relative"),
         Axis("kv", "num_key_value_heads", scored_at=("self_attn.o_proj",)),
         Axis("q", "num_attention_heads", within=("kv",), scored_at=("self_attn.o_proj",), merges=True),
     )

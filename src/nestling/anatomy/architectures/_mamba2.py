@@ -58,4 +58,5 @@ def expand(heads: str, channels: str) -> Callable[[Config], int | None]:
 
 
 # What a sequence keeps in one layer: the state of every head, and the last inputs of the convolution.
-STATE = ("g h p n", "g h p k", "g n k", "g n k")
+STATE = ("g h p n",)
+RECENT = ("g h p k", "g n k", "g n k")

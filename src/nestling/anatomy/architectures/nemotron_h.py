@@ -4,7 +4,7 @@ Nemotron-H 8B and 4B, Nemotron Nano v2 12B and 9B. The MLP has two matrices and 
 """
 
 from nestling.anatomy.architectures._dense import head_dim
-from nestling.anatomy.architectures._mamba2 import STATE, tensors
+from nestling.anatomy.architectures._mamba2 import RECENT, STATE, tensors
 from nestling.anatomy.architectures._mamba2 import axes as mamba_axes
 from nestling.anatomy.declare import Architecture, Axis, Config, register
 
@@ -62,6 +62,7 @@ register(
         kv_cache={"attention": ("kv d", "kv d")},
         attends={"attention": "kv q d"},
         state={"mamba": STATE},
+        recent={"mamba": RECENT},
         inner_norms=("mixer.norm",),
         keeps=("attention",),
         lookup="model.embeddings.weight",

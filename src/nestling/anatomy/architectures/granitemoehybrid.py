@@ -1,0 +1,61 @@
+"""Granite 4: Mamba-2 or attention in every layer, each followed by a gated MLP that is shared by all tokens.
+
+As in Mamba-2 itself, heads times channels must be a whole multiple of the hidden size.
+"""
+
+from nestling.anatomy.architectures._dense import (
+    ATTENDS,
+    ATTENTION,
+    ATTENTION_BIAS,
+    KV_CACHE,
+    MODEL,
+    PRE_NORMS,
+    SIZES,
+)
+from nestling.anatomy.architectures._dense import axes as dense_axes
+from nestling.anatomy.architectures._mamba2 import RECENT, STATE, expand, tensors
+from nestling.anatomy.architectures._mamba2 import axes as mamba_axes
+from nestling.anatomy.declare import Architecture, Config, register
+
+
+def blocks(config: Config, layer: int) -> tuple[str, ...]:
+    """A layer's blocks: norms, the shared MLP, and a mixer of its kind."""
+    attends = config.layer_types[layer] == "full_attention"
+    return ("norms", "attention" if attends else "mamba", "mlp")
+
+
+register(
+    Architecture(
+        model_type="granitemoehybrid",
+        axes=(
+            *dense_axes(
+                "self_attn.q_proj",
+                "shared_mlp.input_linear",
+                "mamba.in_proj",
+                down="shared_mlp.output_linear",
+                neurons="shared_intermediate_size",
+            ),
+            *mamba_axes("mamba", "mamba_n_heads", "mamba_d_head", "mamba_d_state"),
+        ),
+        sizes=SIZES | {"g": "mamba_n_groups", "k": "mamba_d_conv"},
+        tensors=MODEL,
+        blocks={
+            "norms": PRE_NORMS,
+            "attention": ATTENTION | ATTENTION_BIAS,
+            "mamba": tensors("mamba"),
+            "mlp": {
+                "shared_mlp.input_linear.weight": "(ffn + ffn) hidden",
+                "shared_mlp.output_linear.weight": "hidden ffn",
+            },
+        },
+        layer_blocks=blocks,
+        kv_cache=KV_CACHE,
+        attends=ATTENDS,
+        state={"mamba": STATE},
+        recent={"mamba": RECENT},
+        inner_norms=("mamba.norm",),
+        keeps=("attention",),
+        logits_divisor="logits_scaling",
+        derived={"mamba_expand": expand("mamba_n_heads", "mamba_d_head")},
+    )
+)

@@ -1,0 +1,156 @@
+"""What a shape costs, as a function that can be differentiated: the costs of `nestling.cost` for sizes that are not
+whole, and for layers that are only partly there.
+
+Every figure is a sum of monomials in the sizes of the letters, read off the declared layouts once; a layer's are
+multiplied by its gate, 1 where the layer stays. Sizes that routers only expect, E[size], go in as they are, so at a
+hard choice the figures are those of `cost`. Paper: Nemotron Elastic, arXiv 2511.16664, section 3.4 (C(a)).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nestling.anatomy import Anatomy, TensorSpec
+from nestling.anatomy.notation import Dimension, parse
+from nestling.cost import attended_length, item_bytes
+from nestling.errors import TargetError
+
+METRICS = ("params", "active_params", "weight_bytes", "kv_bytes", "state_bytes", "memory_bytes", "flops_per_token")
+Letters = tuple[str, ...]
+# For each letter its size in every layer `[num_layers]`.
+Sizes = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A monomial: the product of its letters' sizes, times a factor in each layer `[num_layers]`.
+
+    scope: `model` terms are counted once, with the first layer's sizes and without a gate. capped: letters whose size
+    counts up to a limit only, the experts that one token uses.
+    """
+
+    scope: str
+    letters: Letters
+    factor: Tensor
+    capped: tuple[tuple[str, float], ...] = ()
+
+    def value(self, sizes: Sizes, gates: Tensor) -> Tensor:
+        product = self.factor * gates if self.scope == "layer" else self.factor
+        for letter in self.letters:
+            product = product * sizes[letter]
+        for letter, limit in self.capped:
+            product = product * sizes[letter].clamp(max=limit)
+        return product.sum()
+
+
+class Bill:
+    """The costs of shapes cut from one model, in float64.
+
+    context: tokens at which KV cache and FLOPs are counted, for one sequence.
+    """
+
+    def __init__(self, anatomy: Anatomy, context: int = 4096):
+        self.anatomy, self.context = anatomy, context
+        self._letters = {axis.letter for axis in anatomy.axes.values()}
+        params, active, matrices = (_Sum(anatomy) for _ in range(3))
+        for spec in anatomy.tensors.values():
+            self._tensor(spec, params, active, matrices)
+        kv, state, attention = (_Sum(anatomy) for _ in range(3))
+        for layer, block in _blocks(anatomy):
+            architecture, length = anatomy.architecture, attended_length(anatomy, layer, context)
+            self._products(kv, layer, architecture.kv_cache.get(block, ()), length)
+            self._products(state, layer, architecture.state.get(block, ()), 1)
+            self._products(attention, layer, tuple(filter(None, [architecture.attends.get(block)])), length)
+        item = item_bytes(anatomy.config)
+        self.terms: dict[str, list[tuple[float, list[Term]]]] = {
+            "params": [(1, params.terms())],
+            "active_params": [(1, active.terms())],
+            "weight_bytes": [(item, params.terms())],
+            "kv_bytes": [(item, kv.terms())],
+            "state_bytes": [(item, state.terms())],
+            "memory_bytes": [(item, params.terms()), (item, kv.terms()), (item, state.terms())],
+            "flops_per_token": [(2, matrices.terms()), (4, attention.terms())],
+        }
+
+    def __call__(self, metric: str, sizes: Sizes, gates: Tensor) -> Tensor:
+        """One cost, a float64 scalar. Raises `TargetError` for a metric that is not a function of sizes."""
+        if metric not in self.terms:
+            raise TargetError(f"'{metric}' cannot be steered to: choose from {', '.join(METRICS)}")
+        total = torch.zeros((), dtype=torch.float64)
+        for factor, terms in self.terms[metric]:
+            for term in terms:
+                total = total + factor * term.value(sizes, gates)
+        return total
+
+    def whole(self) -> tuple[dict[str, Tensor], Tensor]:
+        """The parent's own sizes and gates."""
+        layers = range(self.anatomy.num_layers)
+        sizes = {
+            letter: torch.tensor([self.anatomy.sizes(layer).get(letter, 0) for layer in layers], dtype=torch.float64)
+            for letter in sorted(self._letters)
+        }
+        return sizes, torch.ones(len(layers), dtype=torch.float64)
+
+    def _tensor(self, spec: TensorSpec, params: _Sum, active: _Sum, matrices: _Sum) -> None:
+        anatomy = self.anatomy
+        experts = {
+            axis.letter: float(getattr(anatomy.config, axis.active))
+            for axis in anatomy.axes.values()
+            if axis.active and len(spec.layout) > 2 and axis.letter in spec.layout[0].letters
+        }
+        for letters in _expanded(spec.layout):
+            if not (anatomy.tied and spec.name == anatomy.architecture.tied):
+                params.add(spec.layer, *self._split(spec.layer, letters))
+                active.add(spec.layer, *self._split(spec.layer, letters, experts))
+            if len(spec.layout) > 1 and spec.name != anatomy.architecture.lookup:
+                matrices.add(spec.layer, *self._split(spec.layer, letters, experts))
+
+    def _products(self, into: _Sum, layer: int, products: tuple[str, ...], times: float) -> None:
+        for product in products:
+            for letters in _expanded(parse(f"({product})")):
+                factor, free, capped = self._split(layer, letters)
+                into.add(layer, factor * times, free, capped)
+
+    def _split(
+        self, layer: int | None, letters: Letters, experts: Mapping[str, float] | None = None
+    ) -> tuple[float, Letters, tuple[tuple[str, float], ...]]:
+        """A product of letters as (factor of those that never shrink, those that may, those that are capped)."""
+        experts = experts or {}
+        sizes = self.anatomy.sizes(layer)
+        fixed = [letter for letter in letters if letter not in self._letters]
+        factor = math.prod(int(letter) if letter.isdigit() else sizes[letter] for letter in fixed)
+        free = sorted(letter for letter in letters if letter in self._letters and letter not in experts)
+        return float(factor), tuple(free), tuple((letter, experts[letter]) for letter in letters if letter in experts)
+
+
+class _Sum:
+    """Monomials with equal letters, added up layer by layer."""
+
+    def __init__(self, anatomy: Anatomy):
+        self._layers = anatomy.num_layers
+        self._factors: dict[tuple[str, Letters, tuple[tuple[str, float], ...]], Tensor] = {}
+
+    def add(self, layer: int | None, factor: float, letters: Letters, capped: tuple[tuple[str, float], ...]) -> None:
+        key = "model" if layer is None else "layer", letters, capped
+        line = self._factors.setdefault(key, torch.zeros(self._layers, dtype=torch.float64))
+        line[layer or 0] += factor
+
+    def terms(self) -> list[Term]:
+        return [Term(scope, letters, factor, capped) for (scope, letters, capped), factor in self._factors.items()]
+
+
+def _expanded(layout: tuple[Dimension, ...]) -> Iterator[Letters]:
+    """A product of sums of products, multiplied out: the letters of each monomial."""
+    products: list[Letters] = [()]
+    for dimension in layout:
+        products = [before + part for before in products for part in dimension.parts]
+    return iter(products)
+
+
+def _blocks(anatomy: Anatomy) -> list[tuple[int, str]]:
+    return sorted({(s.layer, s.block) for s in anatomy.tensors.values() if s.layer is not None and s.block is not None})

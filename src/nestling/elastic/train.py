@@ -1,0 +1,150 @@
+"""`elastic.train`: from a model, budgets and data to a family.
+
+The model is ranked and sorted once, a router finds the members' shapes while everything learns, then the members
+learn on slices, and maybe once more on long sequences. All of it is `nestling.train.fit` with an `ElasticLearner`.
+Paper: Nemotron Elastic, arXiv 2511.16664.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nestling.anatomy import Anatomy
+from nestling.data import calibration
+from nestling.elastic.bill import Bill
+from nestling.elastic.family import Entry, Family, sorted_order
+from nestling.elastic.learner import ElasticLearner, Plan
+from nestling.elastic.settings import ElasticSettings, listed
+from nestling.elastic.space import FLOORS, Space
+from nestling.elastic.target import Target, harden
+from nestling.errors import TargetError
+from nestling.ranking import Ranking, rank
+from nestling.shape import Shape
+from nestling.surgery import reorder
+from nestling.train import fit
+
+CALIBRATION_TOKENS = 8192
+
+
+def train(
+    model: PreTrainedModel,
+    budgets: Sequence[str] = ("0.75x", "0.5x"),
+    data: Any = "builtin:stdlib",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    settings: ElasticSettings | None = None,
+    *,
+    ranking: Ranking | None = None,
+    shapes: Mapping[str, Shape] | None = None,
+    run_dir: str | Path | None = None,
+    resume: bool = True,
+    progress: Callable[[int], None] | None = None,
+    **overrides: Any,
+) -> Family:
+    """Train a family of nested members; `model` becomes its parent, in place.
+
+    data: text by name (needs `tokenizer`), a `datasets.Dataset` with a column `input_ids`, or an iterable of batches
+        `{"input_ids": [batch, seq]}`.
+    ranking: of the model's units; made on the data unless given. shapes: the members' shapes by budget, to train
+        without a router. run_dir: for metrics and checkpoints. progress: told the tokens ranked.
+    overrides: single settings, such as `per_layer="intermediate_size"`.
+    Raises `TargetError`, before any long work, for a budget that no member can keep within 1 %, and what `fit` raises.
+    """
+    settings = dataclasses.replace(settings or ElasticSettings(), **overrides)
+    anatomy = Anatomy.of(model)
+    check(anatomy, budgets, settings)
+    if not isinstance(data, (str, Path, datasets.Dataset)):
+        data = data if isinstance(data, Sequence) else list(data)
+    if ranking is None:
+        ranking = rank(model, _calibration(model, data, tokenizer, settings), layers="kl", progress=progress)
+    teacher = copy.deepcopy(model) if settings.teacher == "frozen" else None
+    order = importance(anatomy, reorder(model, ranking))
+    plan = make_plan(anatomy, order, budgets, settings)
+    fixed = None if shapes is None else [plan.space.sizes_of(shapes[budget]) for budget in budgets]
+    learner = ElasticLearner(model, teacher, plan, settings, fixed)
+    fit(learner, data, tokenizer, settings, run_dir and Path(run_dir), resume)
+    if not learner.settled:
+        learner.settle()
+    if settings.long_context:
+        learner = _second_stage(learner, teacher, data, tokenizer, settings, run_dir, resume)
+    return family_of(learner, settings, tokenizer)
+
+
+def check(anatomy: Anatomy, budgets: Sequence[str], settings: ElasticSettings) -> None:
+    """Raises `TargetError` or `ShapeError` for budgets, axes or weights that cannot be had, before any work."""
+    if not budgets or len(set(budgets)) < len(budgets):
+        raise TargetError(f"the budgets {', '.join(budgets) or '(none)'} are not a list: give each budget once")
+    settings.shares(len(budgets))
+    plan = make_plan(anatomy, range(anatomy.num_layers), budgets, settings)
+    logits = {field: 0 * knob.sizes for field, knob in plan.space.knobs.items()}
+    for target in plan.targets:
+        harden(plan.space, target, logits)
+
+
+def make_plan(anatomy: Anatomy, order: Iterable[int], budgets: Sequence[str], settings: ElasticSettings) -> Plan:
+    """The choices and targets of a run. Raises `TargetError` for a budget that no choice keeps."""
+    order = list(order)
+    bill = Bill(anatomy, settings.cost_context)
+    targets = tuple(Target.of(budget, bill) for budget in budgets)
+    for floor in range(len(FLOORS)):
+        space = Space(anatomy, order, listed(settings.per_layer), floor, listed(settings.axes))
+        if all(target.of_sizes(space, space.smallest()) < 0.9 for target in targets):
+            break
+    for target in targets:
+        target.check(space)
+    return Plan(space, sorted_order(anatomy, order), targets)
+
+
+def importance(anatomy: Anatomy, ranking: Ranking) -> list[int]:
+    """Layers, most important first, as `prune` keeps them."""
+    return anatomy.by_importance(ranking.order(anatomy.depth_field).tolist())
+
+
+def family_of(learner: ElasticLearner, settings: ElasticSettings, tokenizer: Any = None) -> Family:
+    """The family that a learner has trained."""
+    space, plan = learner.plan.space, learner.plan
+    entries = {target.name: Entry(space.shape(learner.chosen(i))) for i, target in enumerate(plan.targets)}
+    info = {
+        "cost_context": settings.cost_context,
+        "errors": {t.name: t.of_sizes(space, learner.chosen(i)) - 1 for i, t in enumerate(plan.targets)},
+    }
+    parent = learner.student.requires_grad_(False).eval()
+    return Family(parent, entries, space.rank.argsort().tolist(), info, tokenizer)
+
+
+def _second_stage(
+    before: ElasticLearner,
+    teacher: PreTrainedModel | None,
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: ElasticSettings,
+    run_dir: str | Path | None,
+    resume: bool,
+) -> ElasticLearner:
+    """Longer sequences and other weights, with the shapes that the first stage has found."""
+    shapes = [before.chosen(number) for number in range(len(before.plan.targets))]
+    long = settings.second()
+    learner = ElasticLearner(before.student, teacher, before.plan, long, shapes)
+    fit(learner, data, tokenizer, long, run_dir and Path(run_dir) / "long", resume)
+    return learner
+
+
+def _calibration(
+    model: PreTrainedModel, data: Any, tokenizer: PreTrainedTokenizerBase | None, settings: ElasticSettings
+) -> Iterable[Mapping[str, Any]]:
+    if isinstance(data, (str, Path)):
+        if tokenizer is None:
+            return []
+        length = min(settings.context, 256)
+        return calibration(model, tokenizer, data, tokens=CALIBRATION_TOKENS, context=length, seed=settings.seed)
+    if isinstance(data, datasets.Dataset):
+        rows = data.select(range(min(32, len(data)))).with_format("torch")
+        return [{"input_ids": row["input_ids"][None]} for row in rows]
+    return list(islice(data, 8))

@@ -1,0 +1,66 @@
+"""Soft masks at a hard choice are the slice, for every architecture; between hard choices they are smooth."""
+
+import pytest
+import torch
+
+from nestling.elastic.soft import softly
+from nestling.surgery import prune
+from tests.elastic.toy import one_hot, random_logits, sorted_parent, space_of
+from tests.models import VARIANTS, in_float64, logits, token_batches
+
+IDS = token_batches(1)[0]["input_ids"]
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if not v.startswith("mamba2")])
+def test_a_hard_choice_is_the_cut_model(variant):
+    model, ranking = sorted_parent(variant)
+    space = space_of(model, ranking)
+    for seed in (1,):
+        chances, sizes = one_hot(space, seed)
+        with in_float64():
+            expected = logits(prune(model, ranking, space.shape(sizes)), IDS)
+            with softly(model, space, chances):
+                found = model(input_ids=IDS).logits
+        torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+    found.sum().backward()
+    assert all(torch.isfinite(value.grad).all() for value in chances.values())
+    torch.testing.assert_close(logits(model, IDS), logits(model, IDS))  # no hook is left
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("variant", ["llama", "nemotron_h"])
+def test_gradients_of_the_chances_are_those_of_finite_differences(variant):
+    model, ranking = sorted_parent(variant)
+    space = space_of(model, ranking, per_layer=())
+    chances = {f: torch.softmax(z, -1).requires_grad_() for f, z in random_logits(space, 0, 1.0).items()}
+
+    def loss() -> torch.Tensor:
+        with softly(model, space, chances):
+            return model(input_ids=IDS, labels=IDS).loss
+
+    with in_float64():
+        loss().backward()
+        for field, value in chances.items():
+            if field in ("mamba_num_heads", "mamba_head_dim"):  # the eps of a norm inside a kernel is a plain number
+                continue
+            with torch.no_grad():
+                value[0, 1] += 1e-5
+                above = loss()
+                value[0, 1] -= 2e-5
+                below = loss()
+                value[0, 1] += 1e-5
+            slope = ((above - below) / 2e-5).item()
+            assert value.grad[0, 1].item() == pytest.approx(slope, rel=1e-3, abs=1e-6), field
+
+
+def test_without_norms_over_kept_channels_the_mask_would_be_wrong(monkeypatch):
+    """Negative control: zeros that still count in a norm's mean."""
+    model, ranking = sorted_parent("llama")
+    space = space_of(model, ranking)
+    chances, sizes = one_hot(space, 3)
+    expected = logits(prune(model, ranking, space.shape(sizes)), IDS)
+    monkeypatch.setattr("nestling.elastic.soft.is_norm", lambda module, specs: False)
+    with torch.no_grad(), softly(model, space, chances):
+        found = model(input_ids=IDS).logits
+    assert int(sizes["hidden_size"]) < 48
+    assert (found - expected).abs().max() > 1e-2

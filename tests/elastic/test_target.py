@@ -1,0 +1,85 @@
+"""Budgets are met: by chances at every temperature, by sizes at the end, with gradients that stay on the budget."""
+
+import pytest
+import torch
+
+from nestling.anatomy import Anatomy
+from nestling.elastic.bill import Bill
+from nestling.elastic.target import TOLERANCE, Target, harden, project
+from nestling.errors import TargetError
+from tests.elastic.toy import random_logits, sorted_parent, space_of
+
+WIDE = {"hidden_size": 96, "intermediate_size": 200}
+
+
+def setting(variant="llama", budget="0.5x", per_layer=None, **overrides):
+    model, ranking = sorted_parent(variant, **(overrides or WIDE))
+    return space_of(model, ranking, per_layer), Target.of(budget, Bill(Anatomy.of(model), 64))
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.2])
+@pytest.mark.parametrize("budget", ["0.75x", "0.5x", "kv_bytes=0.6x,params=0.7x", "flops_per_token=0.5x"])
+def test_chances_lie_on_the_budget(budget, tau):
+    space, target = setting(budget=budget)
+    for seed in range(2):
+        found = project(space, target, random_logits(space, seed), tau)
+        assert target(*space.expected(found.chances)).item() == pytest.approx(1, abs=1e-5)
+        assert all(torch.allclose(value.sum(-1), torch.ones(1, dtype=value.dtype)) for value in found.chances.values())
+
+
+def test_the_dual_variable_is_differentiated():
+    """Against finite differences of the whole projection; and no step of the logits leaves the budget."""
+    space, target = setting(per_layer=("intermediate_size",))
+    logits = {field: value.requires_grad_() for field, value in random_logits(space, 0).items()}
+    weights = random_logits(space, 1)
+
+    def value() -> torch.Tensor:
+        chances = project(space, target, logits, 0.7).chances
+        return sum((weights[field] * chances[field]).sum() for field in chances)
+
+    value().backward()
+    for field in logits:
+        with torch.no_grad():
+            logits[field][0, 0] += 1e-4
+            above = value()
+            logits[field][0, 0] -= 2e-4
+            below = value()
+            logits[field][0, 0] += 1e-4
+        assert logits[field].grad[0, 0].item() == pytest.approx(((above - below) / 2e-4).item(), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "nemotron_h"])
+@pytest.mark.parametrize("budget", ["0.75x", "0.5x"])
+def test_sizes_meet_the_budget_whatever_the_seed(variant, budget):
+    space, target = setting(variant, budget, per_layer=("intermediate_size",), intermediate_size=120)
+    for seed in range(3):
+        sizes = harden(space, target, random_logits(space, seed))
+        assert abs(target.of_sizes(space, sizes) - 1) <= TOLERANCE
+
+
+def test_the_wish_of_the_router_decides_within_the_budget():
+    space, target = setting(per_layer=())
+    logits = {field: 0 * knob.sizes for field, knob in space.knobs.items()}
+    logits["hidden_size"][0, 0] = 20
+    wide = harden(space, target, logits)
+    logits["hidden_size"] = -logits["hidden_size"]
+    assert int(wide["hidden_size"]) == 96 > int(harden(space, target, logits)["hidden_size"])
+
+
+def test_a_chain_is_nested():
+    space, large = setting(budget="0.75x")
+    small = Target.of("0.5x", large.bill)
+    for seed in range(2):
+        above = harden(space, large, random_logits(space, seed))
+        below = harden(space, small, random_logits(space, seed + 10), at_most=above)
+        assert all((below[field] <= above[field]).all() for field in below)
+        free = harden(space, small, random_logits(space, seed + 10))
+        assert abs(small.of_sizes(space, below) - 1) <= TOLERANCE >= abs(small.of_sizes(space, free) - 1)
+
+
+def test_impossible_budgets_are_refused():
+    space, target = setting(budget="0.02x")
+    with pytest.raises(TargetError, match="no member can keep the budget"):
+        target.check(space)
+    with pytest.raises(TargetError, match="not below the parent"):
+        Target.of("1.5x", target.bill)
