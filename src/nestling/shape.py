@@ -285,7 +285,7 @@ def _refusal(anatomy: Anatomy, form: Form) -> str | None:
             return f"{axis.active}={used}, but {axis.field}={fewest}"
     try:
         config = child_config(anatomy, form)
-        type(config).from_dict(config.to_dict())
+        type(config).from_dict(config.to_dict()).validate()  # a class of ours validates only when it is saved
         if anatomy.architecture.refuses and (why := anatomy.architecture.refuses(config)):
             return why
     except Exception as error:  # the config classes raise what they like; all of it means "not this shape"

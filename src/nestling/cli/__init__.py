@@ -35,6 +35,9 @@ VERBS = {
     "family": ("family", "FamilySettings", "family", "several children of one model in one job"),
     "eval": ("evaluate", "EvalSettings", "evaluate_model", "perplexity, minimal pairs, lm-eval tasks"),
     "bench": ("evaluate", "BenchSettings", "bench", "prefill and decode speed of models, side by side"),
+    "elastic train": ("elastic", "ElasticTrain", "elastic_train", "many nested members in one training run"),
+    "elastic extract": ("elastic", "ElasticExtract", "elastic_extract", "one member as a checkpoint of its own"),
+    "elastic inspect": ("elastic", "ElasticInspect", "elastic_inspect", "a family's members, costs and shapes"),
     "report": ("report", "ReportSettings", "report", "write the page of a finished run anew"),
 }
 

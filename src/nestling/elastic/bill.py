@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nestling.anatomy import Anatomy, TensorSpec
 from nestling.anatomy.notation import Dimension, parse
-from nestling.cost import attended_length, item_bytes
+from nestling.cost import STATE_BYTES, attended_length, item_bytes
 from nestling.errors import TargetError
 
 METRICS = ("params", "active_params", "weight_bytes", "kv_bytes", "state_bytes", "memory_bytes", "flops_per_token")
@@ -60,21 +60,23 @@ class Bill:
         params, active, matrices = (_Sum(anatomy) for _ in range(3))
         for spec in anatomy.tensors.values():
             self._tensor(spec, params, active, matrices)
-        kv, state, attention = (_Sum(anatomy) for _ in range(3))
+        kv, state, recent, attention = (_Sum(anatomy) for _ in range(4))
         for layer, block in _blocks(anatomy):
             architecture, length = anatomy.architecture, attended_length(anatomy, layer, context)
             self._products(kv, layer, architecture.kv_cache.get(block, ()), length)
             self._products(state, layer, architecture.state.get(block, ()), 1)
+            self._products(recent, layer, architecture.recent.get(block, ()), 1)
             self._products(attention, layer, tuple(filter(None, [architecture.attends.get(block)])), length)
         item = item_bytes(anatomy.config)
+        states: list[tuple[float, list[Term]]] = [(STATE_BYTES, state.terms()), (item, recent.terms())]
         self.terms: dict[str, list[tuple[float, list[Term]]]] = {
             "params": [(1, params.terms())],
             "active_params": [(1, active.terms())],
             "weight_bytes": [(item, params.terms())],
             "kv_bytes": [(item, kv.terms())],
-            "state_bytes": [(item, state.terms())],
-            "memory_bytes": [(item, params.terms()), (item, kv.terms()), (item, state.terms())],
-            "flops_per_token": [(2, matrices.terms()), (4, attention.terms())],
+            "state_bytes": states,
+            "memory_bytes": [(item, params.terms()), (item, kv.terms()), *states],
+            "flops_per_token": [(2, matrices.terms()), (4, attention.terms()), (5, state.terms())],
         }
 
     def __call__(self, metric: str, sizes: Sizes, gates: Tensor) -> Tensor:

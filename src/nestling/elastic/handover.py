@@ -41,7 +41,7 @@ def _narrowed(held: Any, before: Selection, after: Selection, layer: int) -> Any
     architecture = before.anatomy.architecture
     own, wanted = (selection.form.sizes[selection.form.layers.index(layer)] for selection in (before, after))
     for block in before.anatomy.blocks(layer):
-        for product in architecture.state.get(block, ()):
+        for product in (*architecture.state.get(block, ()), *architecture.recent.get(block, ())):
             sizes = [parse(f"({product})")[0].size(letters) for letters in (own, wanted)]
             if sizes[0] != sizes[1]:
                 raise ShapeError(

@@ -28,6 +28,7 @@ from nestling.shape import fit
 TOLERANCE = 0.01  # what a member may differ from its budget
 CLOSE = 0.0025  # what ends the search for something closer
 HARD_TAU = 0.05
+SNAP = 65  # how far a size moves for the config's sake
 PAIRED = 24  # rows of which pairs are tried
 
 
@@ -188,6 +189,7 @@ def fill(
     at_most, at_least: sizes not to go beyond, those on offer unless given. Raises `TargetError` as `harden` does.
     """
     most, least = dict(at_most or space.largest()), dict(at_least or space.smallest())
+    _snap(space, target, chosen, most, least)
     for grain in (8, 4, 2, 1):
         while abs(target.of_sizes(space, chosen) - 1) > CLOSE:
             before = abs(target.of_sizes(space, chosen) - 1)
@@ -204,6 +206,20 @@ def fill(
             f"the budget {target.name} falls between the sizes that this model can take: the nearest is {left:+.1%} "
             f"off, ask for that or allow more axes"
         )
+
+
+def _snap(space: Space, target: Target, chosen: dict[str, Tensor], most: PerRow, least: PerRow) -> None:
+    """Sizes that the config class refuses together: move one of those with one decision to the nearest it takes."""
+    if _legal(space, chosen):
+        return
+    single = [field for field, knob in space.knobs.items() if len(knob.rows) == 1 and knob.letter is not None]
+    for by in range(1, SNAP):
+        for field in single:
+            for size in (int(chosen[field]) - by, int(chosen[field]) + by):
+                if int(least[field]) <= size <= int(most[field]) and _legal(space, chosen, field, 0, size):
+                    chosen[field] = torch.tensor([size])
+                    return
+    raise TargetError(f"no sizes near {dict(space.shape(chosen))} are taken by the config: cut fewer axes")
 
 
 def _fill_by_pairs(space: Space, target: Target, chosen: dict[str, Tensor], most: PerRow, least: PerRow) -> None:
@@ -249,11 +265,11 @@ def _with(chosen: PerRow, field: str, row: int, size: int) -> dict[str, Tensor]:
     return {**chosen, field: values}
 
 
-def _legal(space: Space, chosen: PerRow, field: str, row: int, size: int) -> bool:
-    shape = space.shape(_with(chosen, field, row, size))
-    kept = space.kept(_with(chosen, field, row, size))
+def _legal(space: Space, chosen: PerRow, field: str = "", row: int = 0, size: int = 0) -> bool:
+    """Whether the config class takes these sizes, one of them changed if a field is named."""
+    sizes = _with(chosen, field, row, size) if field else chosen
     try:
-        fit(space.anatomy, shape, kept)
+        fit(space.anatomy, space.shape(sizes), space.kept(sizes))
     except ShapeError:
         return False
     return True

@@ -22,6 +22,7 @@ from markupsafe import Markup
 from nestling.report import colour, human, picture
 from nestling.report.curve import curves
 from nestling.report.headline import headline
+from nestling.report.members import members
 from nestling.report.rows import compare
 from nestling.report.run import Run, items, mapping, number, words, write
 from nestling.report.scatter import candidates, fields, scatter
@@ -52,6 +53,7 @@ def render(run: Run) -> str:
             names=[name for name in (words(summary, "parent", "name"), words(summary, "child", "name")) if name],
             headline=headline(summary),
             comparison=compare(summary),
+            family=members(summary),
             model=_model(summary),
             curve=[_panels(run, width) for width in (WIDE, NARROW)],
             members=items(summary, "members"),
