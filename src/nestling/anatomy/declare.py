@@ -65,6 +65,32 @@ class Rescale:
     tied: bool | None = None
 
 
+def sees_all(config: Config, layer: int) -> bool:
+    """Whether a layer's attention reaches every token before: no sliding window and no chunks."""
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        return types[layer] == "full_attention"
+    return getattr(config, "sliding_window", None) is None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Where softmax attention is in a layer, for methods that change what it remembers.
+
+    module: the attention module, relative to the layer. query, key: the module's projection, and which product of its
+    rows they are (of a fused one). full: whether a layer reaches every token before. rotary: whether a layer rotates
+    queries and keys by the `position_embeddings` it is called with. rotate: the function in the module's modeling file
+    that does it, called with (query, key, cos, sin).
+    """
+
+    module: str = "self_attn"
+    query: tuple[str, int] = ("q_proj", 0)
+    key: tuple[str, int] = ("k_proj", 0)
+    full: Callable[[Config, int], bool] = sees_all
+    rotary: Callable[[Config, int], bool] = lambda config, layer: True
+    rotate: str = "apply_rotary_pos_emb"
+
+
 @dataclass(frozen=True)
 class Routed:
     """Where a layer with routed experts has them: paths of its router and its experts, relative to the layer.
@@ -94,6 +120,7 @@ class Architecture:
     explicit: config fields to write down for letters whose size the config may leave to be derived from others.
     kv_cache: what one token adds to the KV cache of a layer that has the block named, as products of letters.
     attends: per block with attention, the product of letters that is one query's width over all heads.
+    attention: per block with attention, where it is and how it is called.
     state: what a sequence keeps in a layer that has the block named, however long it is, as products of letters: a
         recurrent state, in float32. recent: the same, for what is kept in the model's dtype (a convolution's inputs).
     inner_norms: RMS norms that a mixer may apply inside its own kernel, maybe group by group; where units are cut,
@@ -124,6 +151,7 @@ class Architecture:
     explicit: Mapping[str, str] = field(default_factory=lambda: {"d": "head_dim"})
     kv_cache: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     attends: Mapping[str, str] = field(default_factory=dict)
+    attention: Mapping[str, Attention] = field(default_factory=lambda: {"attention": Attention()})
     state: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     recent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     inner_norms: tuple[str, ...] = ()

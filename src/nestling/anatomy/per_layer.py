@@ -8,7 +8,8 @@ registered with the auto classes when `nestling` is imported; model code is load
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any, cast
 
 from torch import nn
@@ -88,22 +89,24 @@ def _made_anew(layer: nn.Module, config: PreTrainedConfig, sizes: dict[str, int]
     return made
 
 
-class _Deferred:
-    """Stands for a model class in the auto classes until it is needed, so that importing nestling stays quick."""
+class Deferred:
+    """Stands for a model class in the auto classes until `make` makes it, so that importing nestling stays quick."""
 
-    def __init__(self, model_type: str):
-        self.model_type = model_type
-        self.config_class = config_class(model_type)
-        self.__name__ = f"Nestling[{model_type}]"
+    def __init__(self, name: str, config: type[PreTrainedConfig], make: Callable[[], type[PreTrainedModel]]):
+        self.__name__ = name
+        self.config_class = config
+        self._make = make
 
     def __getattr__(self, name: str) -> Any:
-        if name == "model_type":
+        if name == "_make":
             raise AttributeError(name)
-        return getattr(model_class(self.model_type), name)
+        return getattr(self._make(), name)
 
 
 def register_per_layer() -> None:
     """Make every declared architecture's per-layer variant known to `AutoConfig` and `AutoModelForCausalLM`."""
     for model_type in ARCHITECTURES:
-        AutoConfig.register(PREFIX + model_type, config_class(model_type), exist_ok=True)
-        AutoModelForCausalLM.register(config_class(model_type), _Deferred(model_type), exist_ok=True)
+        config = config_class(model_type)
+        AutoConfig.register(PREFIX + model_type, config, exist_ok=True)
+        deferred = Deferred(f"Nestling[{model_type}]", config, partial(model_class, model_type))
+        AutoModelForCausalLM.register(config, cast(Any, deferred), exist_ok=True)

@@ -12,7 +12,7 @@ from nestling.anatomy.architectures._dense import (
     SIZES,
     axes,
 )
-from nestling.anatomy.declare import Architecture, register
+from nestling.anatomy.declare import Architecture, Attention, register
 
 LLAMA = register(
     Architecture(
@@ -64,6 +64,7 @@ register(
         blocks=LLAMA.blocks,
         kv_cache=KV_CACHE,
         attends=ATTENDS,
+        attention={"attention": Attention(rotary=lambda config, layer: bool(config.no_rope_layers[layer]))},
         per_layer_fields=("layer_types", "no_rope_layers"),
     )
 )

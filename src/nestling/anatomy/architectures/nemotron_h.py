@@ -6,7 +6,7 @@ Nemotron-H 8B and 4B, Nemotron Nano v2 12B and 9B. The MLP has two matrices and 
 from nestling.anatomy.architectures._dense import head_dim
 from nestling.anatomy.architectures._mamba2 import RECENT, STATE, tensors
 from nestling.anatomy.architectures._mamba2 import axes as mamba_axes
-from nestling.anatomy.declare import Architecture, Axis, Config, register
+from nestling.anatomy.declare import Architecture, Attention, Axis, Config, register
 
 BLOCKS = {"linear_attention": "mamba", "full_attention": "attention", "mlp": "mlp"}
 
@@ -61,6 +61,9 @@ register(
         layer_blocks=blocks,
         kv_cache={"attention": ("kv d", "kv d")},
         attends={"attention": "kv q d"},
+        attention={
+            "attention": Attention("mixer", full=lambda config, layer: True, rotary=lambda config, layer: False)
+        },
         state={"mamba": STATE},
         recent={"mamba": RECENT},
         inner_norms=("mixer.norm",),

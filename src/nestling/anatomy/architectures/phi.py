@@ -1,7 +1,7 @@
 """Phi-3: query, key and value in one matrix, gate and up in another."""
 
 from nestling.anatomy.architectures._dense import ATTENDS, KV_CACHE, MODEL, PRE_NORMS, SIZES, axes
-from nestling.anatomy.declare import Architecture, register
+from nestling.anatomy.declare import Architecture, Attention, register
 
 register(
     Architecture(
@@ -22,5 +22,6 @@ register(
         },
         kv_cache=KV_CACHE,
         attends=ATTENDS,
+        attention={"attention": Attention(query=("qkv_proj", 0), key=("qkv_proj", 1))},
     )
 )
