@@ -148,6 +148,9 @@ def child_config(anatomy: Anatomy, form: Form) -> PreTrainedConfig:
 
 def _per_layer(anatomy: Anatomy, config: PreTrainedConfig, differing: dict[str, list[int]]) -> PreTrainedConfig:
     model_type = anatomy.architecture.model_type
+    if isinstance(config, config_class(model_type)) and type(config) is not config_class(model_type):
+        config.layer_shapes = differing or None  # a method's config, which takes layers of any size
+        return config
     if not differing:
         fields = {name: value for name, value in config.__dict__.items() if name != "layer_shapes"}
         plain = copy.copy(config)
@@ -161,7 +164,7 @@ def _per_layer(anatomy: Anatomy, config: PreTrainedConfig, differing: dict[str, 
 
 def _cut_depth(anatomy: Anatomy, config: PreTrainedConfig, form: Form) -> None:
     setattr(config, anatomy.depth_field, len(form.layers))
-    for field in anatomy.architecture.per_layer_fields:
+    for field in (*anatomy.architecture.per_layer_fields, *getattr(config, "per_layer_fields", ())):
         values = getattr(config, field, None)
         if values is not None:
             setattr(config, field, [values[layer] for layer in form.layers])

@@ -17,7 +17,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from nestling.anatomy import Anatomy, TensorSpec
 from nestling.anatomy.notation import Dimension, take
-from nestling.anatomy.per_layer import model_class
 from nestling.experts import use_fast_experts
 from nestling.hub.quiet import quiet
 from nestling.ranking.ranking import Ranking
@@ -159,5 +158,4 @@ def _rescaled(tensor: Tensor, spec: TensorSpec, selection: Selection) -> Tensor:
 
 
 def class_for(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    base = getattr(config, "base_model_type", None)
-    return model_class(base) if base else cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
