@@ -1,6 +1,6 @@
 """Nestling turns one language model into a family: rank, prune and distill Hugging Face checkpoints."""
 
-from nestling import elastic
+from nestling import dmc, elastic
 from nestling.anatomy import Anatomy
 from nestling.cost import Cost, cost
 from nestling.distill import distill
@@ -25,6 +25,7 @@ __all__ = [
     "UnsupportedArchitecture",
     "cost",
     "distill",
+    "dmc",
     "elastic",
     "load",
     "masked",

@@ -1,0 +1,103 @@
+"""`convert`: a stock model becomes one whose cache can be compressed, in place and without changing a logit.
+
+The gate channel is the last of every head, where the anatomy says queries and keys are made. Until it has been freed
+(`keep` at 0) nothing is decided and nothing merges. `free` does so at once, the first
+stage of a retrofit gradually: the rows that write the channel become zero, so a gate starts at its offset.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from nestling.anatomy import Anatomy
+from nestling.anatomy.attention import last_channel, sites
+from nestling.dmc.register import config_class, model_class
+from nestling.dmc.runtime.gates import Gates
+from nestling.dmc.runtime.modeling import attach
+from nestling.errors import NestlingError, UnsupportedArchitecture
+
+METHODS = ("merge", "evict")
+
+
+def convert(model: PreTrainedModel, **gates: Any) -> PreTrainedModel:
+    """Put gates into the model, in place; returns it. Nothing is merged yet, and its logits are unchanged.
+
+    gates: fields of `Gates` other than `keep`: method, scale, offset, temperature, shared, delay.
+    Raises `NestlingError` for a model that has them already or a field that is not known, and
+    `UnsupportedArchitecture` for one without full attention.
+    """
+    if is_converted(model):
+        raise NestlingError("this model has gates already: start from the stock model")
+    anatomy = Anatomy.of(model)
+    places = sites(anatomy)
+    if not places:
+        raise UnsupportedArchitecture(
+            f"no layer of this {anatomy.architecture.model_type} model has full attention: a cache that slides or "
+            f"keeps a state is bounded already, and there is nothing to compress"
+        )
+    kinds: list[str | None] = [None] * anatomy.num_layers
+    for site in places:
+        kinds[site.layer] = "rotary" if site.rotary else "plain"
+    base = anatomy.architecture.model_type
+    config = model.config
+    config.__class__ = config_class(base)
+    config.dmc = _checked(gates) | {
+        "layers": anatomy.architecture.layers,
+        "attention": places[0].declared.module,
+        "rotate": places[0].declared.rotate,
+        "separators": _separators(config),
+        "ratio": 1.0,
+    }
+    config.dmc_layers = kinds
+    if not hasattr(config, "layer_shapes"):
+        config.layer_shapes = None
+    config.architectures = [model_class(base).__name__]
+    model.__class__ = model_class(base)
+    attach(model)
+    return model
+
+
+def free(model: PreTrainedModel) -> PreTrainedModel:
+    """Set the rows that write the gate channel to zero and let gates decide, in place; returns the model."""
+    anatomy = Anatomy.of(model)
+    tensors = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for site in sites(anatomy):
+            for name, rows in last_channel(anatomy, site).items():
+                tensors[name][rows.to(tensors[name].device)] = 0
+    set_keep(model, 0.0)
+    return model
+
+
+def set_keep(model: PreTrainedModel, keep: float) -> None:
+    """The factor of the gate channel in plain attention; at 0 gates decide."""
+    model.config.dmc["keep"] = float(keep)
+
+
+def is_converted(model: PreTrainedModel) -> bool:
+    """Whether the model's cache can be compressed."""
+    return bool(getattr(model.config, "dmc", None))
+
+
+def _checked(gates: dict[str, Any]) -> dict[str, Any]:
+    known = {name: value for name, value in Gates().__dict__.items() if name != "keep"}
+    for name in gates:
+        if name not in known:
+            raise NestlingError(f"'{name}' is not a setting of the gates: choose from {', '.join(known)}")
+    values = known | gates
+    if values["method"] not in METHODS:
+        raise NestlingError(f"method '{values['method']}' is not known: choose from {', '.join(METHODS)}")
+    if not (values["scale"] > 0 and values["temperature"] > 0 and values["offset"] > 0 and values["delay"] >= 0):
+        raise NestlingError("scale, temperature and offset of the gates are above 0, and delay is not below it")
+    return values | {"keep": 1.0}
+
+
+def _separators(config: Any) -> list[int]:
+    """Tokens that part documents: what begins and what ends a text."""
+    found: set[int] = set()
+    for value in (config.bos_token_id, config.eos_token_id):
+        found |= {int(token) for token in (value if isinstance(value, list) else [value]) if token is not None}
+    return sorted(found)

@@ -1,0 +1,86 @@
+"""`Retrofit`: the loss of a model that learns to merge (arXiv 2403.09636, sections 3 and 4).
+
+    L = L_model + lambda * mean over sequences of max(0, p* - p)        p* = 1 - 1 / R_t
+p is the part of tokens that merge, over all layers and heads together: heads are free to differ. R_t is 1 while the
+gate channel is taken out of attention, rises linearly to the target, and stays. The paper's lambda is 1, and a short
+retrofit then misses its target; here lambda is a dual variable that follows the shortfall of decisions without noise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nestling.anatomy import decoder
+from nestling.dmc.convert import free, set_keep
+from nestling.dmc.runtime.attend import Decisions
+from nestling.dmc.runtime.modeling import recording
+from nestling.dmc.settings import RetrofitSettings
+from nestling.train import IGNORE, Learner, model_inputs
+
+MOST = 100.0  # of lambda
+
+
+class Retrofit(Learner):
+    """A converted student that learns to merge; the teacher is the model as it was, or None for plain cross-entropy."""
+
+    pressure: Tensor
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, settings: RetrofitSettings):
+        super().__init__(student, teacher)
+        self.settings = settings
+        self.objective = settings.objective()
+        self.register_buffer("pressure", torch.tensor(float(settings.pressure)))
+        self.goal = 0.0
+
+    def begin(self, step: int, steps: int) -> None:
+        """Where step `step` of `steps` is in the three stages: how much of the channel is left, and p*."""
+        freed = round(self.settings.free_part * steps)
+        risen = max(1, steps - freed - round(self.settings.settle_part * steps))
+        if step < freed:
+            set_keep(self.student, max(1e-6, 1 - step / (0.8 * freed)))
+        elif step == freed:
+            free(self.student)
+        else:
+            set_keep(self.student, 0.0)
+        ratio = 1 + (self.settings.ratio - 1) * min(1.0, max(0, step - freed + 1) / risen)
+        self.goal = 1 - 1 / ratio
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+    ) -> dict[str, Tensor]:
+        """Scalars: the loss, and detached `kl`, `ce`, `merged` (part of tokens) and `pressure` (lambda)."""
+        inputs, count = model_inputs(input_ids, attention_mask), num_items_in_batch
+        taught = self.teach(inputs) if self.teacher is not None else None
+        with recording(self.student) as decisions:
+            hidden = decoder(self.student)(**inputs).last_hidden_state
+        losses = self.logit_losses(hidden, labels, self.objective, taught, count)
+        counted = (labels != IGNORE).sum()
+        share = counted / count if count is not None else torch.ones_like(losses.loss)  # of the accumulated batch
+        noisy, quiet = (merged_part(decisions, noise) for noise in (True, False))
+        short = (self.goal - noisy).clamp_min(0).mean()
+        pressure = self.pressure.clone()
+        with torch.no_grad():
+            change = self.settings.gain * share * (self.goal - quiet.mean())
+            self.pressure.add_(change).clamp_(min(self.settings.pressure, MOST), MOST)
+        parts = {"kl": losses.divergence} if taught is not None else {}
+        return {
+            "loss": losses.loss + share * pressure * short,
+            **parts,
+            "ce": losses.cross_entropy,
+            "merged": share * quiet.mean().detach(),
+            "pressure": share * pressure,
+        }
+
+
+def merged_part(decisions: list[Decisions], noise: bool = False) -> Tensor:
+    """Part of its tokens that a sequence merges, over layers and heads, `[batch]`; differentiable with `noise`."""
+    valid = decisions[0].valid.to(decisions[0].logits.dtype)
+    merged = sum((d.merged if noise else d.quiet.to(valid.dtype)).mul(valid[:, None]).sum((1, 2)) for d in decisions)
+    heads = sum(d.merged.shape[1] for d in decisions)
+    return merged / (heads * valid.sum(1).clamp_min(1))

@@ -1,0 +1,47 @@
+"""The decoding step of `kernel` in whole tensors, for any device and dtype: what the compiled loops are held against.
+
+Heads are padded to the longest while they are read, so it saves memory but little time where heads differ.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from .gates import Gates, logits, without_channel
+from .kernel import Step
+from .slots import SlotLayer
+
+
+def absorb(
+    query: Tensor, key: Tensor, value: Tensor, slots: SlotLayer, flags: tuple[Tensor, Tensor], gates: Gates
+) -> tuple[Tensor, Tensor]:
+    """See `kernel.absorb`."""
+    merge, weight = (found[..., 0] for found in logits(query.unsqueeze(3), key.unsqueeze(2), gates))
+    real, opens = (flag.unsqueeze(1) for flag in flags)
+    appended = real & (opens | ~(merge > 0))
+    slots.reserve(slots.length + appended)
+    slots.length = slots.length + appended
+    terms = torch.cat([key, value, torch.ones_like(key[..., :1])], -1).to(slots.sums.dtype) * weight.unsqueeze(-1)
+    kept = torch.where(appended.unsqueeze(-1), 0, slots.sums)
+    slots.sums = torch.where(real.unsqueeze(-1), kept + terms, slots.sums)
+    means = torch.where(slots.sums[..., -1:] > 0, slots.sums[..., :-1] / slots.sums[..., -1:].clamp_min(1e-30), 0)
+    mean_key, mean_value = means.to(key.dtype).chunk(2, -1)
+    row, head = torch.nonzero(slots.length > 0, as_tuple=True)
+    top = slots.length[row, head] - 1
+    slots.write(row, head, top, None, mean_value[row, head])
+    return without_channel(query, gates.keep), without_channel(mean_key, gates.keep)
+
+
+def attend(query: Tensor, key: Tensor, slots: SlotLayer, keep: float, scaling: float) -> Tensor:
+    """See `kernel.attend`."""
+    row, head = torch.nonzero(slots.length > 0, as_tuple=True)
+    slots.write(row, head, slots.length[row, head] - 1, without_channel(key, keep)[row, head], None)
+    keys, values, held = slots.padded()
+    held = held | (slots.length == 0).unsqueeze(-1)  # only padding so far: any finite answer will do
+    query = without_channel(query, keep).to(keys.dtype)
+    return scaled_dot_product_attention(query, keys, values, attn_mask=held.unsqueeze(2), scale=scaling)
+
+
+PLAIN = Step(absorb, attend)

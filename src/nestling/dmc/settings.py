@@ -1,0 +1,70 @@
+"""The settings of a retrofit: what `retrofit()`, the command line and YAML files take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from nestling.errors import NestlingError
+from nestling.train import Objective, TrainSettings, documented
+
+
+@documented
+@dataclass
+class RetrofitSettings(TrainSettings):
+    """Settings of a retrofit.
+
+    Args:
+        ratio: Tokens per slot of the cache that the model shall reach, over all layers and heads together.
+        method: What becomes of a token that needs no slot of its own: merge (DMC) into the newest, or evict (DMS).
+        shared: One decision for all heads of a layer (DMC-C), so that they stay equally long.
+        delay: Tokens for which an evicted one can still be seen.
+        free_part: Part of the steps in which the gate channel is taken out of attention.
+        settle_part: Part of the steps at the end in which the ratio stays where it is.
+        scale: Factor of the gates' logits; at 1, as in the paper, a short retrofit never leaves the noise.
+        offset: Below which logits start: at 5 nothing merges at first.
+        temperature: Of the relaxed decisions in training.
+        pressure: Least weight of the loss that asks for the ratio.
+        gain: By how much that weight grows in a step that is all of the ratio short; it falls back in the same way.
+        kd_weight: Weight of the divergence from the model as it was.
+        ce_weight: Weight of the cross-entropy with the data.
+        loss: Divergence of the student's from the teacher's distribution: forward_kl or reverse_kl.
+        kd_temperature: Of both softmaxes in that divergence.
+    """
+
+    ratio: float = 4.0
+    method: str = "merge"
+    shared: bool = False
+    delay: int = 0
+    free_part: float = 0.05
+    settle_part: float = 0.25
+    scale: float = 10.0
+    offset: float = 5.0
+    temperature: float = 0.1
+    pressure: float = 1.0
+    gain: float = 1.0
+    kd_weight: float = 1.0
+    ce_weight: float = 0.0
+    loss: str = "forward_kl"
+    kd_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.objective()
+        if not self.ratio >= 1:
+            raise NestlingError(f"ratio {self.ratio} is not possible: give how many tokens shall share a slot, say 4")
+        if self.free_part < 0 or self.settle_part < 0 or not self.free_part + self.settle_part < 1:
+            raise NestlingError(
+                f"free_part {self.free_part} and settle_part {self.settle_part} leave no step to raise the ratio in: "
+                f"give parts that are less than 1 together"
+            )
+        if self.pressure < 0 or self.gain < 0:
+            raise NestlingError(f"pressure {self.pressure} and gain {self.gain} are weights: give at least 0")
+
+    def objective(self) -> Objective:
+        """What is asked of the logits. Raises `NestlingError` for a value that is not possible."""
+        return Objective(self.loss, self.kd_temperature, False, self.kd_weight, self.ce_weight)
+
+    def gates(self) -> dict[str, Any]:
+        """The fields of `Gates` that `convert` takes."""
+        return {name: getattr(self, name) for name in ("method", "scale", "offset", "temperature", "shared", "delay")}
