@@ -6,8 +6,10 @@ from transformers import PreTrainedModel
 from nestling import dmc
 from tests.models import VARIANTS, tiny
 
-BOUNDED = ("mistral", "gemma3_text", "gemma3_text-tied", "mamba2", "mamba2-tied")  # no layer has full attention
+# No layer has full attention of its own: it slides, is a state, or shares its place in the cache with one.
+BOUNDED = [name for name in VARIANTS if name.startswith(("mistral", "gemma3_text", "mamba2", "falcon_h1"))]
 FULL = [name for name in VARIANTS if name not in BOUNDED]
+HYBRID = [name for name in FULL if name.startswith(("nemotron_h", "bamba", "granitemoehybrid"))]
 
 
 def merging(variant: str = "llama", dtype: torch.dtype = torch.float64, **gates) -> PreTrainedModel:

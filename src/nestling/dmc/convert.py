@@ -35,8 +35,8 @@ def convert(model: PreTrainedModel, **gates: Any) -> PreTrainedModel:
     places = sites(anatomy)
     if not places:
         raise UnsupportedArchitecture(
-            f"no layer of this {anatomy.architecture.model_type} model has full attention: a cache that slides or "
-            f"keeps a state is bounded already, and there is nothing to compress"
+            f"no layer of this {anatomy.architecture.model_type} model has full attention with a cache of "
+            f"its own: one that slides or keeps a state is bounded already, and there is nothing to compress"
         )
     kinds: list[str | None] = [None] * anatomy.num_layers
     for site in places:
