@@ -120,7 +120,7 @@ class Architecture:
     explicit: config fields to write down for letters whose size the config may leave to be derived from others.
     kv_cache: what one token adds to the KV cache of a layer that has the block named, as products of letters.
     attends: per block with attention, the product of letters that is one query's width over all heads.
-    attention: per block with attention, where it is and how it is called.
+    attention: per block with plain softmax attention, where it is and how it is called.
     state: what a sequence keeps in a layer that has the block named, however long it is, as products of letters: a
         recurrent state, in float32. recent: the same, for what is kept in the model's dtype (a convolution's inputs).
     inner_norms: RMS norms that a mixer may apply inside its own kernel, maybe group by group; where units are cut,

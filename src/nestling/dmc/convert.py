@@ -19,13 +19,11 @@ from nestling.dmc.runtime.gates import Gates
 from nestling.dmc.runtime.modeling import attach
 from nestling.errors import NestlingError, UnsupportedArchitecture
 
-METHODS = ("merge", "evict")
-
 
 def convert(model: PreTrainedModel, **gates: Any) -> PreTrainedModel:
     """Put gates into the model, in place; returns it. Nothing is merged yet, and its logits are unchanged.
 
-    gates: fields of `Gates` other than `keep`: method, scale, offset, temperature, shared, delay.
+    gates: fields of `Gates` other than `keep`: scale, offset, temperature, shared.
     Raises `NestlingError` for a model that has them already or a field that is not known, and
     `UnsupportedArchitecture` for one without full attention.
     """
@@ -35,8 +33,8 @@ def convert(model: PreTrainedModel, **gates: Any) -> PreTrainedModel:
     places = sites(anatomy)
     if not places:
         raise UnsupportedArchitecture(
-            f"no layer of this {anatomy.architecture.model_type} model has full attention with a cache of "
-            f"its own: one that slides or keeps a state is bounded already, and there is nothing to compress"
+            f"no layer of this {anatomy.architecture.model_type} model has plain full attention with a "
+            f"cache of its own: what slides or keeps a state is bounded already, sinks and latents cannot be merged"
         )
     kinds: list[str | None] = [None] * anatomy.num_layers
     for site in places:
@@ -88,10 +86,9 @@ def _checked(gates: dict[str, Any]) -> dict[str, Any]:
         if name not in known:
             raise NestlingError(f"'{name}' is not a setting of the gates: choose from {', '.join(known)}")
     values = known | gates
-    if values["method"] not in METHODS:
-        raise NestlingError(f"method '{values['method']}' is not known: choose from {', '.join(METHODS)}")
-    if not (values["scale"] > 0 and values["temperature"] > 0 and values["offset"] > 0 and values["delay"] >= 0):
-        raise NestlingError("scale, temperature and offset of the gates are above 0, and delay is not below it")
+    for name in ("scale", "temperature", "offset"):
+        if not values[name] > 0:
+            raise NestlingError(f"{name} {values[name]} of the gates is not possible: give a number above 0")
     return values | {"keep": 1.0}
 
 

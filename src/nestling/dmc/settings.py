@@ -16,9 +16,7 @@ class RetrofitSettings(TrainSettings):
 
     Args:
         ratio: Tokens per slot of the cache that the model shall reach, over all layers and heads together.
-        method: What becomes of a token that needs no slot of its own: merge (DMC) into the newest, or evict (DMS).
         shared: One decision for all heads of a layer (DMC-C), so that they stay equally long.
-        delay: Tokens for which an evicted one can still be seen.
         free_part: Part of the steps in which the gate channel is taken out of attention.
         settle_part: Part of the steps at the end in which the ratio stays where it is.
         scale: Factor of the gates' logits; at 1, as in the paper, a short retrofit never leaves the noise.
@@ -33,9 +31,7 @@ class RetrofitSettings(TrainSettings):
     """
 
     ratio: float = 4.0
-    method: str = "merge"
     shared: bool = False
-    delay: int = 0
     free_part: float = 0.05
     settle_part: float = 0.25
     scale: float = 10.0
@@ -67,4 +63,4 @@ class RetrofitSettings(TrainSettings):
 
     def gates(self) -> dict[str, Any]:
         """The fields of `Gates` that `convert` takes."""
-        return {name: getattr(self, name) for name in ("method", "scale", "offset", "temperature", "shared", "delay")}
+        return {name: getattr(self, name) for name in ("scale", "offset", "temperature", "shared")}

@@ -86,6 +86,7 @@ register(
         explicit={},
         kv_cache={"attention": ("heads qk", "heads v")},
         attends={"attention": "heads qk"},
+        attention={},  # a latent instead of keys and values per head
         layer_thresholds=("first_k_dense_replace",),
         routed=Routed("mlp.gate", "mlp.experts", post="norm_topk_prob", bias="e_score_correction_bias"),
         refuses=refuses,

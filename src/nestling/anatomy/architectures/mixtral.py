@@ -131,6 +131,7 @@ register(
         },
         kv_cache=KV_CACHE,
         attends=ATTENDS,
+        attention={},  # a softmax with sinks
         routed=Routed("mlp.router", "mlp.experts"),
     )
 )

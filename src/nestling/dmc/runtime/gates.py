@@ -24,18 +24,15 @@ EPS = 2.0**-23  # keeps the sum of weights of a slot above zero
 class Gates:
     """How decisions are read: the fields of `config.dmc`.
 
-    method: `merge` (DMC) or `evict` (DMS: a token that would be merged over is dropped instead, `delay` tokens later).
     keep: factor of the gate channel in plain attention; decisions are read only at 0. shared: one decision per layer,
     from the mean over its heads (DMC-C). temperature: of the relaxed decision in training.
     """
 
-    method: str = "merge"
     scale: float = 10.0
     offset: float = 5.0
     temperature: float = 0.1
     keep: float = 1.0
     shared: bool = False
-    delay: int = 0
 
     @classmethod
     def of(cls, config: Any) -> Gates:
