@@ -17,6 +17,7 @@ from nestling.anatomy.declare import Architecture, Attention, register
 LLAMA = register(
     Architecture(
         model_type="llama",
+        mixture_kin="mixtral",
         axes=axes(),
         sizes=SIZES,
         tensors=MODEL,
@@ -33,6 +34,7 @@ LLAMA = register(
 register(
     Architecture(
         model_type="mistral",
+        mixture_kin="mixtral",
         axes=axes(),
         sizes=SIZES,
         tensors=MODEL,
@@ -45,6 +47,7 @@ register(
 register(
     Architecture(
         model_type="granite",
+        mixture_kin="granitemoe",
         axes=axes(),
         sizes=SIZES,
         tensors=MODEL,

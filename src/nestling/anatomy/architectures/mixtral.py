@@ -26,6 +26,7 @@ STREAM: tuple[Axis, ...] = (HIDDEN, KV, Q)
 register(
     Architecture(
         model_type="mixtral",
+        dense_kin="mistral",
         axes=(*STREAM, *expert_axes("num_local_experts", "intermediate_size")),
         sizes=SIZES,
         tensors=MODEL,
@@ -39,6 +40,7 @@ register(
 register(
     Architecture(
         model_type="granitemoe",
+        dense_kin="granite",
         axes=(*STREAM, *expert_axes("num_local_experts", "intermediate_size", at="block_sparse_moe")),
         sizes=SIZES,
         tensors=MODEL,
@@ -64,6 +66,7 @@ def qwen3_blocks(config: Config, layer: int) -> tuple[str, ...]:
 register(
     Architecture(
         model_type="qwen3_moe",
+        dense_kin="qwen3",
         axes=(*axes(), *expert_axes("num_experts", "moe_intermediate_size")),
         sizes=SIZES,
         tensors=MODEL,

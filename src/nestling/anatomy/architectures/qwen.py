@@ -34,6 +34,7 @@ HEAD_NORMS = {
 register(
     Architecture(
         model_type="qwen3",
+        mixture_kin="qwen3_moe",
         axes=axes(),
         sizes=SIZES,
         tensors=MODEL,

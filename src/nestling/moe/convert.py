@@ -1,0 +1,242 @@
+"""Between dense models and mixtures of experts, weights kept: `upcycle`, `split` and `to_dense`.
+
+Upcycling cuts each FFN into `granularity` shards and repeats them as experts; the router's rows of a group of shards
+are equal, so that a token always chooses whole groups (virtual groups, arXiv 2410.07524). With weights normalized over
+the chosen, each shard gets 1 / granularity of the weight in all, which the down projection makes up for: the logits are
+the dense model's. Splitting does the same to the experts of a mixture. `to_dense` puts the best experts of each layer
+side by side as one FFN (arXiv 2605.28207), to be distilled. Results are stock transformers models.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from nestling.anatomy import ARCHITECTURES, Anatomy, Architecture, Axis, architecture_of
+from nestling.errors import NestlingError, ShapeError, UnsupportedArchitecture
+from nestling.experts import use_fast_experts
+from nestling.hub.quiet import quiet
+from nestling.ranking import Ranking
+from nestling.surgery.cut import class_for
+
+MODES = ("exact", "paper")
+GATE, UP, DOWN = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+
+
+def upcycle(
+    model: PreTrainedModel,
+    num_experts: int = 8,
+    num_experts_per_tok: int = 2,
+    granularity: int = 1,
+    mode: str = "exact",
+    router_std: float = 0.02,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A mixture of experts that starts as the dense model; `model` is left as it is.
+
+    It has `num_experts * granularity` experts of `1 / granularity` of the FFN's width, of which a token uses
+    `num_experts_per_tok * granularity`: total and active parameters do not depend on the granularity.
+    mode: `exact` normalizes the weights over the chosen and scales the down projection, so that logits are the dense
+    model's; `paper` takes them from the softmax over all experts and scales all three matrices by the cube root of
+    experts * granularity / chosen, which starts near the dense model and trained better (2410.07524, section 3).
+    router_std: of the fresh router. Raises `UnsupportedArchitecture` for a model without a mixture like it, and
+    `ShapeError` for numbers that do not go together.
+    """
+    anatomy = Anatomy.of(model)
+    post = _mode(mode) == "exact"
+    config = mixture_config(model.config, num_experts, num_experts_per_tok, granularity, post)
+    kin = architecture_of(config)
+    chosen, count = num_experts_per_tok * granularity, num_experts * granularity
+    scales = (1.0, 1.0, float(granularity))
+    if not post:
+        scales = ((count * granularity / chosen) ** (1 / 3),) * 3
+    generator = torch.Generator().manual_seed(seed)
+    weights, at = dict(model.state_dict()), _places(kin)
+    for layer in range(anatomy.num_layers):
+        path = anatomy.layer_path(layer)
+        gate, up, down = (weights.pop(f"{path}.mlp.{name}") for name in (GATE, UP, DOWN))
+        gate, up, down = (t * s if s != 1 else t for t, s in zip((gate, up, down), scales, strict=True))
+        shards = _shards(gate, up, down, granularity)
+        weights[f"{path}.{at['up']}"], weights[f"{path}.{at['down']}"] = (s.repeat(num_experts, 1, 1) for s in shards)
+        rows = torch.randn(num_experts, gate.shape[1], generator=generator) * router_std
+        weights[f"{path}.{at['router']}"] = rows.to(gate).repeat_interleave(granularity, 0)
+    return _built(model, config, weights)
+
+
+def split(model: PreTrainedModel, granularity: int) -> PreTrainedModel:
+    """A mixture with each expert cut into `granularity` of its width, all of them chosen together: the same logits.
+
+    The way into fine experts from a trained mixture; once training or pruning breaks the ties, they part.
+    """
+    anatomy = Anatomy.of(model)
+    experts, neurons = _axes(anatomy.architecture)
+    at, config = _places(anatomy.architecture), copy.deepcopy(model.config)
+    width = anatomy.value(neurons, anatomy.routed_layers()[0])
+    _check_width(width, granularity)
+    setattr(config, experts.field, getattr(config, experts.field) * granularity)
+    setattr(config, str(experts.active), getattr(config, str(experts.active)) * granularity)
+    setattr(config, neurons.field, width // granularity)
+    weights = dict(model.state_dict())
+    for layer in anatomy.routed_layers():
+        up, down, router = (f"{anatomy.layer_path(layer)}.{at[name]}" for name in ("up", "down", "router"))
+        parts = [
+            _shards(*fused.chunk(2), out * granularity, granularity)
+            for fused, out in zip(weights[up], weights[down], strict=True)
+        ]
+        weights[up], weights[down] = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+        weights[router] = weights[router].repeat_interleave(granularity, 0)
+    return _built(model, config, weights)
+
+
+def to_dense(model: PreTrainedModel, ranking: Ranking, experts: int | None = None) -> PreTrainedModel:
+    """The dense model whose FFN is the best `experts` of each layer side by side, as many as a token uses unless given.
+
+    ranking: of the experts. The down projections are divided by their number, as if each had an equal weight. It is a
+    start for distillation, not a model to use as it is. Raises `UnsupportedArchitecture` where no dense model is alike.
+    """
+    anatomy = Anatomy.of(model)
+    axis, neurons = _axes(anatomy.architecture)
+    dense = anatomy.architecture.dense_kin
+    if dense is None or anatomy.routed_layers() != list(range(anatomy.num_layers)):
+        raise UnsupportedArchitecture(
+            f"no dense model is like this {anatomy.architecture.model_type} model: every layer must have experts, and "
+            f"be one of {', '.join(sorted(n for n, a in ARCHITECTURES.items() if a.dense_kin))}"
+        )
+    count = experts or getattr(model.config, str(axis.active))
+    if not 1 <= count <= anatomy.value(axis, 0):
+        raise ShapeError(f"experts={count} of {anatomy.value(axis, 0)} cannot be kept: give a number up to that")
+    config = _config(dense, model.config)
+    config.intermediate_size = count * anatomy.value(neurons, 0)
+    weights, at = dict(model.state_dict()), _places(anatomy.architecture)
+    for layer in range(anatomy.num_layers):
+        path, best = anatomy.layer_path(layer), ranking.order(axis.field, layer)[:count].sort().values
+        fused, down = weights.pop(f"{path}.{at['up']}")[best], weights.pop(f"{path}.{at['down']}")[best]
+        weights.pop(f"{path}.{at['router']}")
+        gate, up = fused.chunk(2, dim=1)
+        weights[f"{path}.mlp.{GATE}"], weights[f"{path}.mlp.{UP}"] = gate.flatten(0, 1), up.flatten(0, 1)
+        weights[f"{path}.mlp.{DOWN}"] = down.transpose(0, 1).flatten(1) / count
+    return _built(model, config, weights)
+
+
+def mixture_config(
+    config: PreTrainedConfig, num_experts: int, num_experts_per_tok: int, granularity: int = 1, post: bool = True
+) -> PreTrainedConfig:
+    """The config of the mixture that is like a dense model; see `upcycle`.
+
+    post: weights normalized over the chosen experts. Raises as `upcycle` does.
+    """
+    dense = architecture_of(config)
+    if dense.mixture_kin is None:
+        able = ", ".join(sorted(name for name, a in ARCHITECTURES.items() if a.mixture_kin))
+        raise UnsupportedArchitecture(
+            f"no mixture of experts in transformers is like a {dense.model_type} model: give one of {able}"
+        )
+    kin = ARCHITECTURES[dense.mixture_kin]
+    assert kin.routed is not None
+    _check_numbers(config.intermediate_size, num_experts, num_experts_per_tok, granularity, post)
+    if isinstance(kin.routed.post, bool) and kin.routed.post != post:
+        raise UnsupportedArchitecture(
+            f"{kin.model_type} always normalizes over the chosen experts: take mode exact, or a model such as qwen3"
+        )
+    made, (experts, neurons) = _config(kin.model_type, config), _axes(kin)
+    setattr(made, experts.field, num_experts * granularity)
+    setattr(made, str(experts.active), num_experts_per_tok * granularity)
+    setattr(made, neurons.field, config.intermediate_size // granularity)
+    if isinstance(kin.routed.post, str):
+        setattr(made, kin.routed.post, post)
+    return made
+
+
+def _mode(mode: str) -> str:
+    if mode not in MODES:
+        raise NestlingError(f"mode='{mode}' is not known: choose {' or '.join(MODES)}")
+    return mode
+
+
+def _check_numbers(width: int, experts: int, per_token: int, granularity: int, post: bool) -> None:
+    if not 1 <= per_token <= experts:
+        raise ShapeError(f"num_experts_per_tok={per_token} of num_experts={experts} cannot be: take 1 to {experts}")
+    _check_width(width, granularity)
+    if post and per_token * granularity == 1:
+        raise ShapeError(
+            "one expert per token, normalized over itself, always has weight 1 and its router no gradient: take "
+            "num_experts_per_tok=2, a finer granularity, or weights from the softmax over all (mode paper)"
+        )
+
+
+def _check_width(width: int, granularity: int) -> None:
+    if granularity < 1 or width % granularity:
+        near = [n for n in range(1, min(width, 4 * max(1, granularity)) + 1) if width % n == 0]
+        raise ShapeError(
+            f"granularity={granularity} does not divide the width {width}: take one of {', '.join(map(str, near))}"
+        )
+
+
+def _config(model_type: str, like: PreTrainedConfig) -> PreTrainedConfig:
+    """A config of that type, with every field that `like` has too."""
+    known = set(CONFIG_MAPPING[model_type]().to_dict())
+    fields = {name: value for name, value in like.to_dict().items() if name in known}
+    for name in ("model_type", "architectures", "transformers_version", "layer_types"):
+        fields.pop(name, None)
+    made = AutoConfig.for_model(model_type, **fields)
+    architecture = ARCHITECTURES[model_type]
+    for letter, name in architecture.explicit.items():  # sizes that one class derives and the other writes down
+        source = architecture.sizes[letter]
+        if callable(source) and source(made) != source(like):
+            setattr(made, name, source(like))
+    return made
+
+
+def _axes(architecture: Architecture) -> tuple[Axis, Axis]:
+    """Experts, and the neurons in them. Raises `UnsupportedArchitecture` for a model without both."""
+    experts = next((axis for axis in architecture.axes if axis.active), None)
+    inner = [axis for axis in architecture.axes if experts is not None and experts.letter in axis.within]
+    if experts is None or not inner or "gate_up_proj" not in _places(architecture)["up"]:
+        raise UnsupportedArchitecture(f"{architecture.model_type} has no routed, gated experts that can be converted")
+    return experts, inner[0]
+
+
+def _places(architecture: Architecture) -> dict[str, str]:
+    """Names, relative to a layer, of the router and of the experts' tensors."""
+    routed = architecture.routed
+    if routed is None:
+        return {"router": "", "up": "", "down": ""}
+    experts = routed.experts
+    return {
+        "router": f"{routed.router}.weight",
+        "up": f"{experts}.gate_up_proj",
+        "down": f"{experts}.down_proj",
+    }
+
+
+def _shards(gate: Tensor, up: Tensor, down: Tensor, granularity: int) -> tuple[Tensor, Tensor]:
+    """An FFN cut along its neurons: `[granularity, 2 width, hidden]`, `[granularity, hidden, width]`."""
+    fused = [torch.cat(pair) for pair in zip(gate.chunk(granularity), up.chunk(granularity), strict=True)]
+    return torch.stack(fused), torch.stack(down.chunk(granularity, dim=1))
+
+
+def _built(like: PreTrainedModel, config: PreTrainedConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+    config.architectures = None
+    with quiet():
+        with torch.device("meta"):
+            empty = class_for(config)(config)
+        extra = sorted(set(weights) - set(empty.state_dict()))
+        if extra:
+            raise UnsupportedArchitecture(
+                f"a {config.model_type} model has no place for {extra[0]}: such a model cannot be converted"
+            )
+        made = class_for(config).from_pretrained(
+            None,
+            config=config,
+            state_dict={name: tensor.clone() for name, tensor in weights.items()},
+            dtype=like.dtype,
+            attn_implementation=like.config._attn_implementation,
+        )
+    made.generation_config = copy.deepcopy(like.generation_config)
+    return use_fast_experts(cast(Any, made).to(like.device).train(like.training))
