@@ -85,10 +85,10 @@ def split(model: PreTrainedModel, granularity: int) -> PreTrainedModel:
     weights = dict(model.state_dict())
     for layer in anatomy.routed_layers():
         up, down, router = (f"{anatomy.layer_path(layer)}.{at[name]}" for name in ("up", "down", "router"))
-        parts = [
-            _shards(*fused.chunk(2), out * granularity, granularity)
-            for fused, out in zip(weights[up], weights[down], strict=True)
-        ]
+        parts = []
+        for fused, out in zip(weights[up], weights[down], strict=True):
+            gate, raised = fused.chunk(2)
+            parts.append(_shards(gate, raised, out * granularity, granularity))
         weights[up], weights[down] = (torch.cat([part[i] for part in parts]) for i in (0, 1))
         weights[router] = weights[router].repeat_interleave(granularity, 0)
     return _built(model, config, weights)
