@@ -1,0 +1,273 @@
+"""The tables of Minitron-SSM (arXiv 2504.11409) in shape: which heads, where they are scored, which axis, how deep.
+
+A hybrid of 1 M parameters is trained on the standard library for each seed (kept in --work), cut without training, and
+in part distilled for 60,000 tokens. Losses are nats per token on text that neither parent nor children have seen.
+
+    python benchmarks/hybrid/pruning.py --seeds 0,1 [--work DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import mean
+
+import torch
+from benchmarks.hybrid.common import Ground, claim, parent, permuted, write
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, set_seed
+
+from nestling.anatomy import Anatomy
+from nestling.budget import Budget
+from nestling.cost import cost
+from nestling.ranking import Ranking, nested, rank
+from nestling.ranking.layers import greedy, leave_one_out
+from nestling.search import candidates, pick
+from nestling.surgery import prune
+
+HEADS, CHANNELS, STATE, FFN, HIDDEN = (
+    "mamba_num_heads",
+    "mamba_head_dim",
+    "ssm_state_size",
+    "intermediate_size",
+    "hidden_size",
+)
+DEPTH = "num_hidden_layers"
+HALF = {HEADS: 8, CHANNELS: 8, STATE: 8, FFN: 256, HIDDEN: 64, DEPTH: 4}
+QUARTER = {HEADS: 12, CHANNELS: 12, STATE: 12, FFN: 384, HIDDEN: 96, DEPTH: 6}
+DRAWS = 3
+Rows = Iterator[tuple[str, dict[str, float]]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--work", type=Path, default=Path("runs/benchmarks/hybrid"))
+    chosen = parser.parse_args()
+    seeds = [int(seed) for seed in chosen.seeds.split(",")]
+    found = {seed: measured(seed, chosen.work) for seed in seeds}
+    rows = merged(found)
+    show(rows)
+    print(write("pruning", rows, claims(found), seeds))
+
+
+def measured(seed: int, work: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Every table for one parent; kept, so that a run that stops goes on."""
+    kept = work / f"pruning-{seed}.json"
+    found = json.loads(kept.read_text()) if kept.exists() else {}
+    model, tokenizer = parent(seed, work)
+    set_seed(seed)
+    bench = Bench(model, Ground(tokenizer, seed), seed)
+    for name, table in bench.tables().items():
+        if name not in found:
+            found[name] = dict(table())
+            kept.write_text(json.dumps(found, indent=1))
+    return found
+
+
+class Bench:
+    """One parent, its rankings, and the tables made with them."""
+
+    def __init__(self, model: PreTrainedModel, ground: Ground, seed: int):
+        self.model, self.ground, self.seed = model, ground, seed
+        self.anatomy = Anatomy.of(model)
+        self.ranking = rank(model, ground.calibration, layers="kl")
+
+    def tables(self) -> dict[str, Callable[[], Rows]]:
+        return {
+            "parent": self.parent,
+            "which heads": self.which_heads,
+            "where Mamba is scored": self.where,
+            "one axis": self.one_axis,
+            "L2 against FLAP": self.flap,
+            "which layers": self.layers,
+            "all axes or one": self.joint,
+        }
+
+    def parent(self) -> Rows:
+        yield "parent", {"loss": self.ground.loss(self.model), "params": cost(self.model).params}
+
+    def which_heads(self) -> Rows:
+        """The same scores, with heads chosen inside groups, over all groups, or at random."""
+        for count in (QUARTER[HEADS], HALF[HEADS]):
+            children = {
+                "in groups": [self.cut({HEADS: count})],
+                "across groups": [self.across(count)],
+                "random, in groups": [self.cut({HEADS: count}, self.random(i)) for i in range(DRAWS)],
+                "reversed, in groups": [self.cut({HEADS: count}, self.reversed())],
+            }
+            for name, models in children.items():
+                row = {"loss": mean(map(self.ground.loss, models))}
+                if count == HALF[HEADS] and name != "reversed, in groups":
+                    row["distilled"] = self.ground.distilled(models[0], self.model)
+                yield f"{name}, {count} of 16", row
+
+    def where(self) -> Rows:
+        """Heads and channels by where their activations are read: W_x, W_z, W_O (the paper), FLAP, and ours."""
+        shapes = ({HEADS: 12}, {HEADS: 8}, {HEADS: 14, CHANNELS: 14}, {HEADS: 12, CHANNELS: 12}, {CHANNELS: 12})
+        for name, ranking in self.rankings():
+            for shape in shapes:
+                keep = shape.get(CHANNELS)
+                loss = self.ground.loss(self.cut(shape, ranking(keep)))
+                yield f"{name}, H {shape.get(HEADS, 16)} P {shape.get(CHANNELS, 16)}", {"loss": loss}
+
+    def rankings(self) -> Iterator[tuple[str, Callable[[int | None], Ranking]]]:
+        for name, metric, over in (
+            ("W_x", "activation@x", "l2"),
+            ("W_z", "activation@z", "l2"),
+            ("W_O", "activation@o", "l2"),
+            ("FLAP", "flap", "sum"),
+        ):
+            base = self.scored({CHANNELS: metric})
+            yield name, lambda keep, base=base, over=over: nested(self.anatomy, base, keep, over=over)
+            if name == "W_x":
+                yield (
+                    "W_x, channels per head",
+                    lambda keep, base=base: nested(self.anatomy, base, keep, shared=False),
+                )
+        yield "contribution, channels per head", lambda keep: self.ranking
+
+    def one_axis(self) -> Rows:
+        """Each axis alone, to three quarters and to half."""
+        shared = nested(self.anatomy, self.ranking)
+        for size in (QUARTER, HALF):
+            for field, value in size.items():
+                yield f"{field} {value}", self.priced({field: value}, self.ranking)
+                if field == CHANNELS:
+                    yield f"{field} {value}, shared by heads", self.priced({field: value}, shared)
+
+    def flap(self) -> Rows:
+        """Minitron's L2 of activations against FLAP, for neurons and for heads, before and after distillation."""
+        l2 = self.scored({FFN: "activation", CHANNELS: "activation@x"})
+        flap = self.scored({FFN: "flap", CHANNELS: "flap"})
+        pairs = {"L2": nested(self.anatomy, l2), "FLAP": nested(self.anatomy, flap, over="sum")}
+        for name, ranking in pairs.items():
+            for shape in ({FFN: 256}, {HEADS: 8}):
+                child = self.cut(shape, ranking)
+                row = {"loss": self.ground.loss(child), "distilled": self.ground.distilled(child, self.model)}
+                yield f"{name}, {next(iter(shape))} halved", row
+
+    def layers(self) -> Rows:
+        """Layers by what they are ranked with, one-shot and greedy: loss without the last two and three."""
+        text = self.ground.calibration[:4]
+        scores = {
+            "block influence": rank(self.model, text).scores[DEPTH],
+            "KL": leave_one_out(self.model, text, "kl"),
+            "normalized MSE": leave_one_out(self.model, text, "output_error"),
+            "KL, greedy": greedy(self.model, text, "kl", 3),
+            "normalized MSE, greedy": greedy(self.model, text, "output_error", 3),
+        }
+        for name, values in scores.items():
+            for depth in (6, 5):
+                ranking = Ranking(dict(self.ranking.scores) | {DEPTH: values})
+                yield f"{name}, {depth} of 8", {"loss": self.ground.loss(self.cut({DEPTH: depth}, ranking))}
+
+    def joint(self) -> Rows:
+        """Shapes of about 0.7 x the parameters: the search over all axes, or one axis alone; then distilled."""
+        budget = Budget.parse("0.7x")
+        found = candidates(self.anatomy, budget, axes=(HEADS, FFN, HIDDEN, DEPTH))
+        best = pick(self.model, self.ranking, found, self.ground.calibration[:2], finalists=3)[0].shape
+        alone = {name: candidates(self.anatomy, budget, axes=(name,))[0][0] for name in (FFN, HIDDEN, DEPTH)}
+        for name, shape in ({"all axes": best} | {f"{name} alone": shape for name, shape in alone.items()}).items():
+            yield name, self.priced(shape, self.ranking, distilled=True)
+
+    # ---- children
+
+    def cut(self, shape: dict, ranking: Ranking | None = None) -> PreTrainedModel:
+        return prune(self.model, ranking or self.ranking, shape)
+
+    def priced(self, shape: dict, ranking: Ranking, distilled: bool = False) -> dict[str, float]:
+        child = self.cut(shape, ranking)
+        row = {"loss": self.ground.loss(child), "params": child.num_parameters()}
+        return row | ({"distilled": self.ground.distilled(child, self.model)} if distilled else {})
+
+    def scored(self, metrics: dict[str, str]) -> Ranking:
+        return rank(self.model, self.ground.calibration, metric=metrics)
+
+    def random(self, draw: int) -> Ranking:
+        generator = torch.Generator().manual_seed(1000 * self.seed + draw)
+        return self.with_heads(lambda scores: torch.rand(scores.shape, generator=generator))
+
+    def reversed(self) -> Ranking:
+        return self.with_heads(lambda scores: -scores)
+
+    def with_heads(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Ranking:
+        heads = tuple(change(layer) for layer in self.ranking.scores[HEADS])
+        return Ranking(dict(self.ranking.scores) | {HEADS: heads})
+
+    def across(self, count: int) -> PreTrainedModel:
+        """The best heads of all groups together, in order of their scores, dealt out to the groups from the first."""
+        moved = copy.deepcopy(self.model)
+        groups = self.model.config.n_groups
+        scores = []
+        for layer, own in enumerate(self.ranking.scores[HEADS]):
+            if len(own):
+                order = own.argsort(descending=True).tolist()
+                best, rest = order[:count], order[count:]
+                each, left = count // groups, (len(order) - count) // groups
+                heads = [h for g in range(groups) for h in best[g * each :][:each] + rest[g * left :][:left]]
+                permuted(moved.model.layers[layer].mixer, heads)
+                own = -(torch.arange(len(order)) % (len(order) // groups)).float()
+            scores.append(own)
+        return prune(moved, Ranking({HEADS: tuple(scores)}), {HEADS: count})
+
+
+def merged(found: dict[int, dict]) -> list[dict]:
+    """One row per line of a table: means over seeds and each seed's values."""
+    rows = []
+    first = next(iter(found.values()))
+    for table, lines in first.items():
+        for line in lines:
+            seen = [tables[table][line] for tables in found.values() if line in tables[table]]
+            row = {"table": table, "what": line, "seeds": len(seen)}
+            for name in seen[0]:
+                values = [values[name] for values in seen if name in values]
+                row |= {name: round(mean(values), 4), f"{name}_seeds": [round(value, 4) for value in values]}
+            rows.append(row)
+    return rows
+
+
+def claims(found: dict[int, dict]) -> dict[str, dict]:
+    seeds = list(found)
+
+    def gap(table: str, worse: str, better: str, field: str) -> list[float]:
+        return [tables[table][worse][field] - tables[table][better][field] for tables in found.values()]
+
+    half = "8 of 16"
+    what = "held-out loss with half the heads of every Mamba layer: dealt out across groups, minus chosen inside groups"
+    heads = ("which heads", f"across groups, {half}", f"in groups, {half}")
+    channels = ("one axis", "mamba_head_dim 8, shared by heads", "mamba_head_dim 8", "loss")
+    return {
+        "group_aware_loss_gain": claim(gap(*heads, "loss"), seeds, f"{what}; before training", "nats"),
+        "group_aware_loss_gain_distilled": claim(
+            gap(*heads, "distilled"), seeds, f"{what}; after 60,000 tokens of distillation", "nats"
+        ),
+        "channels_per_head_loss_gain": claim(
+            gap(*channels),
+            seeds,
+            "half the channels: one order for all heads, minus an order for each; no training",
+            "nats",
+        ),
+        "joint_vs_depth_loss_gap": claim(
+            gap("all axes or one", "num_hidden_layers alone", "all axes", "distilled"),
+            seeds,
+            "0.7 x parameters after 60,000 tokens of distillation: depth alone minus the search over all axes",
+            "nats",
+        ),
+    }
+
+
+def show(rows: list[dict]) -> None:
+    table = Table("table", "what", "loss", "distilled", "params", title_justify="left")
+    for row in rows:
+        values = (f"{row[name]:,.4g}" if name in row else "" for name in ("loss", "distilled", "params"))
+        table.add_row(row["table"], row["what"], *values)
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()
