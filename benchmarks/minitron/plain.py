@@ -19,8 +19,12 @@ from transformers import PreTrainedModel
 def cut_neurons(model: PreTrainedModel, rows: Tensor, keep: int) -> PreTrainedModel:
     """The model with the `keep` neurons per layer of largest mean |activation| on rows `[rows, seq]`."""
     scores = [torch.zeros(model.config.intermediate_size) for _ in model.model.layers]
+
+    def add(index: int, activation: Tensor) -> None:
+        scores[index] += activation.abs().sum((0, 1))
+
     hooks = [
-        layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, i=i: scores[i].add_(args[0].abs().sum((0, 1))))
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, i=i: add(i, args[0]))
         for i, layer in enumerate(model.model.layers)
     ]
     _read(model, rows)

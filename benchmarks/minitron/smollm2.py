@@ -36,7 +36,7 @@ RESULT = Path(__file__).parents[1] / "results/minitron/smollm2.json"
 MODEL = "builtin:smollm2-135m-instruct"
 CONTEXT = 256
 CALIBRATION_TOKENS = 8192
-STEPS, BATCH = 24, 4
+BATCH = 4
 BUDGETS = {
     "FFN 25 % off": nl.Shape(intermediate_size=1152),
     "FFN 50 % off": nl.Shape(intermediate_size=768),
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--other", nargs="+", required=True, help="files of other text")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the calibration and training text")
     parser.add_argument("--arms", nargs="+", help="only these")
+    parser.add_argument("--steps", type=int, default=24, help="of 4 x 256 tokens, in distillation")
     parser.add_argument("--parts", nargs="+", default=["zero-shot", "distill"], choices=["zero-shot", "distill"])
     parser.add_argument("--tokens", type=int, default=1024, help="evaluation tokens per text")
     bench = Bench(parser.parse_args())
@@ -74,6 +75,8 @@ class Bench:
         """Add the rows of one part with one seed that are not there yet, and record them one by one."""
         for budget, arm, build in self.arms(seed, part):
             key = {"part": part, "budget": budget, "arm": arm, "seed": seed}
+            if part == "distill":
+                key["tokens"] = self.chosen.steps * BATCH * CONTEXT
             skipped = self.chosen.arms and arm not in self.chosen.arms
             if skipped or any(key.items() <= row.items() for row in recorded()):
                 continue
@@ -101,7 +104,7 @@ class Bench:
                 yield from ((budget, arm, build) for arm, build in arms.items())
 
     def distilled(self, arm: str, build: Build, seed: int) -> PreTrainedModel:
-        tokens, child = STEPS * BATCH * CONTEXT, build()
+        tokens, child = self.chosen.steps * BATCH * CONTEXT, build()
         if arm == "plain script":
             return plain.distill(child, self.parent, self.text(tokens, seed), BATCH, rate=2e-4)
         return nl.distill(child, self.parent, self.chosen.text, self.tokenizer, tokens=tokens, seed=seed)

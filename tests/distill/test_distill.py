@@ -94,12 +94,20 @@ def test_settings_object_and_overrides():
     assert DistillSettings(steps=3).total_steps(10) == 3
     assert DistillSettings(tokens=1000, batch_size=4).total_steps(25) == 10
     documented = DistillSettings.__doc__ or ""
+    assert documented.count("    batch_size:") == 1
     assert all(f"{name}:" in documented for name in DistillSettings.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(("tokens", "ranks", "batch"), [(24_000, 1, 1), (100_000, 1, 4), (10**7, 1, 8), (24_000, 4, 4)])
+def test_short_runs_take_small_batches(monkeypatch, tokens, ranks, batch):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    assert DistillSettings(tokens=tokens).sized().batch_size == batch
+    assert DistillSettings(tokens=tokens, batch_size=5).sized().batch_size == 5
 
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("batch_size", 0), ("learning_rate", 0.0), ("tokens", 0), ("temperature", 0.0), ("loss", "kl"), ("warmup", 2.0)],
+    [("batch_size", -1), ("learning_rate", 0.0), ("tokens", 0), ("temperature", 0.0), ("loss", "kl"), ("warmup", 2.0)],
 )
 def test_impossible_settings_are_refused(setting, value):
     with pytest.raises(NestlingError, match=setting):

@@ -31,7 +31,7 @@ def distill(
     Raises `DataError` for a teacher with another vocabulary, `NestlingError` when both are one model, and what `fit`
     raises.
     """
-    settings = dataclasses.replace(settings or DistillSettings(), **overrides)
+    settings = dataclasses.replace(settings or DistillSettings(), **overrides).sized()
     _check(student, teacher)
     set_seed(settings.seed)
     pair = Pair(

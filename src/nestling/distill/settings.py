@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from dataclasses import dataclass, field
 
 from nestling.distill.states import check_states, parse_layer_map
 from nestling.errors import NestlingError
 from nestling.train import Objective, TrainSettings, documented
+
+LARGEST_BATCH = 8  # sequences per step that are taken unless more are asked for
+ENOUGH_STEPS = 96  # from a given number of tokens, more and smaller steps teach more
 
 
 @documented
@@ -15,6 +20,9 @@ class DistillSettings(TrainSettings):
     """Settings of distillation.
 
     Args:
+        batch_size: Sequences per optimizer step, over all devices together; 0 takes 8, or as many fewer as give a short
+            run 96 steps.
+        learning_rate: Peak of the learning rate.
         loss: Divergence of the student's from the teacher's distribution: forward_kl, reverse_kl, jensen_shannon, mse,
             cosine or logit_mse.
         temperature: Of both softmaxes in that divergence; 1 did best in the paper.
@@ -32,6 +40,10 @@ class DistillSettings(TrainSettings):
             end of each unless given.
     """
 
+    SMALLEST_BATCH = 0
+
+    batch_size: int = 0
+    learning_rate: float = 2e-4
     loss: str = "forward_kl"
     temperature: float = 1.0
     scale_by_temperature: bool = False
@@ -63,3 +75,12 @@ class DistillSettings(TrainSettings):
             self.top_k,
             self.remaining_mass,
         )
+
+    def sized(self) -> DistillSettings:
+        """These settings with a batch size where none was given, a multiple of the devices there are."""
+        if self.batch_size:
+            return self
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        fitting = LARGEST_BATCH if self.steps else self.tokens // (ENOUGH_STEPS * self.context)
+        share = -(-max(1, min(LARGEST_BATCH, fitting)) // ranks)
+        return dataclasses.replace(self, batch_size=share * ranks)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -54,6 +55,8 @@ class TrainSettings:
         seed: The seed of data order and dropout.
     """
 
+    SMALLEST_BATCH = 1
+
     tokens: int = 100_000
     steps: int | None = None
     batch_size: int = 8
@@ -74,7 +77,12 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("micro_batch_size", 0), ("save_every", 0), ("log_every", 1)):
+        for name, least in (
+            ("batch_size", self.SMALLEST_BATCH),
+            ("micro_batch_size", 0),
+            ("save_every", 0),
+            ("log_every", 1),
+        ):
             if getattr(self, name) < least:
                 raise NestlingError(f"{name} {getattr(self, name)} is not possible: give at least {least}")
         if not self.learning_rate > 0:
@@ -161,10 +169,12 @@ def training_arguments(
 
 
 def documented(settings: Settings) -> Settings:
-    """Put the field descriptions of the class a settings class inherits from before its own."""
+    """Put the field descriptions of the class a settings class inherits from before its own, which replace them."""
     own, _, fields = inspect.cleandoc(settings.__doc__ or "").partition("Args:\n")
     base = inspect.cleandoc(settings.__base__.__doc__ or "").partition("Args:\n")[2]
-    settings.__doc__ = f"{own}Args:\n{base.rstrip()}\n{fields}"
+    inherited = re.split(r"\n(?=    \w+:)", base.rstrip())
+    kept = [text for text in inherited if f"\n{text.partition(':')[0]}:" not in f"\n{fields}"]
+    settings.__doc__ = "\n".join([f"{own}Args:", *kept, fields])
     return settings
 
 
