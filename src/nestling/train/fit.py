@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from nestling import processes
 from nestling.errors import CheckpointError
 from nestling.train.callbacks import MetricsLog, ShowProgress, StopOnInterrupt
 from nestling.train.checkpoints import Seal, clear, fingerprint, newest
 from nestling.train.learner import Learner
 from nestling.train.rows import collate, rows_of
 from nestling.train.settings import TrainSettings, split_batch, training_arguments
+from nestling.train.sharding import sharded
 from nestling.train.trainer import LearnerTrainer
 
 CHECKPOINTS = "checkpoints"
@@ -49,7 +51,7 @@ def fit(
     Raises `DataError` for data or a tokenizer that do not fit, `CheckpointError` for a run folder of another run or a
     full disk, `NestlingError` for settings that cannot work and for a loss that is not finite.
     """
-    student, teacher = learner.student, learner.teacher
+    student = learner.student
     vocab = student.get_output_embeddings().weight.shape[0]
     rows, row_tokens = rows_of(data, tokenizer, settings, vocab)
     steps = settings.total_steps(row_tokens)
@@ -58,19 +60,24 @@ def fit(
             settings = dataclasses.replace(settings, save_every=0)
         run = _fingerprint(learner, rows, settings)
         checkpoint = _resume_from(folder / CHECKPOINTS, run, resume)
-        split = split_batch(settings, row_tokens, student.device)
-        trainer = LearnerTrainer(
-            learner,
-            args=training_arguments(settings, split, steps, folder / CHECKPOINTS, student.device),
-            train_dataset=rows,
-            data_collator=collate(vocab),
-        )
-        if teacher is not None:
-            _move(teacher, trainer.args.device)
-        with _recomputing(student, split.recompute):
+        processes.start()
+        device = processes.device() or student.device
+        split = split_batch(settings, row_tokens, device)
+        arguments = training_arguments(settings, split, steps, folder / CHECKPOINTS, device)
+        with _placed(learner, settings, arguments.device), _recomputing(student, split.recompute):
+            trainer = LearnerTrainer(learner, args=arguments, train_dataset=rows, data_collator=collate(vocab))
             _train(trainer, settings, folder, run, checkpoint, callbacks)
-        trainer.accelerator.free_memory()
+            trainer.accelerator.free_memory()
     return learner
+
+
+def _placed(learner: Learner, settings: TrainSettings, device: torch.device) -> AbstractContextManager[None]:
+    """The models where they are trained: spread over all processes, or whole on each (the student by `Trainer`)."""
+    if settings.fsdp:
+        return sharded(learner, device, settings.bf16)
+    if learner.teacher is not None:
+        _move(learner.teacher, device)
+    return nullcontext()
 
 
 def _train(
@@ -106,9 +113,13 @@ def _fingerprint(learner: Learner, rows: Any, settings: TrainSettings) -> str:
 
 
 def _resume_from(checkpoints: Path, run: str, resume: bool) -> Path | None:
-    checkpoint = newest(checkpoints, run) if resume else None
-    clear(checkpoints, keep=checkpoint)
-    return checkpoint
+    def found() -> str | None:
+        checkpoint = newest(checkpoints, run) if resume else None
+        clear(checkpoints, keep=checkpoint)
+        return str(checkpoint) if checkpoint else None
+
+    path = processes.first(found)
+    return Path(path) if path else None
 
 
 @contextmanager
@@ -141,7 +152,8 @@ def _at_work(learner: Learner) -> Iterator[None]:
     finally:
         if teacher is not None:
             teacher.train(training)
-        _move(student, dtype)
+        if not learner.is_sharded:  # or it failed, and is of no use
+            _move(student, dtype)
         learner.zero_grad(set_to_none=True)
         student.eval()
 

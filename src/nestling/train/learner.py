@@ -2,7 +2,7 @@
 
 A method (distillation, elastic families, DMC, experts, pretraining) subclasses it and writes `forward`; data order,
 optimizer, checkpoints, resuming, metrics and progress are the loop's (`nestling.train.fit`). Being one module, it is
-wrapped, sharded and moved as a whole by accelerate (DDP, FSDP). A teacher is held, not owned: it is in no optimizer,
+wrapped (DDP) or sharded (`nestling.train.sharding`) as a whole. A teacher is held, not owned: it is in no optimizer,
 checkpoint or gradient reduction.
 """
 
@@ -30,17 +30,23 @@ class Learner(nn.Module):
 
     accepts_loss_kwargs = True  # `Trainer` passes num_items_in_batch, and does not divide by accumulation steps
     rates: Mapping[str, float] = {}
+    is_sharded = False  # while `nestling.train.sharding` has spread it over the processes
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None = None):
         super().__init__()
         self.student = student
-        self._teacher = (teacher,)  # in a tuple, so that it is no submodule
+        self._taught = (Taught(teacher) if teacher is not None else None,)  # in a tuple, so that it is no submodule
         self._heads = (logits_head(student), logits_head(teacher) if teacher is not None else None)
-        self._no_split_modules = student._no_split_modules  # where FSDP cuts
 
     @property
     def teacher(self) -> PreTrainedModel | None:
-        return self._teacher[0]
+        return self._taught[0].model if self._taught[0] is not None else None
+
+    @property
+    def taught(self) -> Taught:
+        """The teacher as one module that is called for its last hidden states."""
+        assert self._taught[0] is not None, "this learner has no teacher"
+        return self._taught[0]
 
     def begin(self, step: int, steps: int) -> None:
         """Called before each optimizer step, numbered from 0: the place for schedules and for noise of (seed, step)."""
@@ -62,9 +68,8 @@ class Learner(nn.Module):
     @torch.no_grad()
     def teach(self, inputs: Mapping[str, Any]) -> Tensor:
         """The teacher's last hidden states `[batch, seq, hidden]`."""
-        assert self.teacher is not None, "this learner has no teacher"
         with own_dtype(inputs["input_ids"]):
-            return decoder(self.teacher)(**inputs).last_hidden_state
+            return self.taught(**inputs)
 
     def logit_losses(
         self,
@@ -85,6 +90,18 @@ class Learner(nn.Module):
         assert self._heads[1] is not None, "this learner has no teacher"
         with own_dtype(hidden):
             return self._heads[1](hidden)
+
+
+class Taught(nn.Module):
+    """A teacher as one module: what sharding needs, to know when its forward pass begins."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Tensor:
+        """The last hidden states `[batch, seq, hidden]`."""
+        return decoder(self.model)(**inputs).last_hidden_state
 
 
 def model_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:

@@ -49,6 +49,8 @@ class TrainSettings:
         bf16: Compute in bfloat16 (mixed precision); weights and optimizer stay float32.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them: slower, much less
             memory. Unless given, it is on where one micro-batch is longer than suits the device.
+        fsdp: Spread weights, gradients, optimizer and teacher over the processes (FSDP2), for models that do not fit
+            whole on each device; the result is the same.
         save_every: Steps between checkpoints in the run folder; 0 for none.
         log_every: Steps between records in metrics.jsonl.
         report_to: Experiment tracker that transformers knows (wandb, tensorboard, ...), or none.
@@ -71,6 +73,7 @@ class TrainSettings:
     max_grad_norm: float = 1.0
     bf16: bool = False
     gradient_checkpointing: bool | None = None
+    fsdp: bool = False
     save_every: int = 100
     log_every: int = 1
     report_to: str = "none"

@@ -1,24 +1,28 @@
 """`transformers.Trainer` for a `Learner`: its loss, what it logs, and checkpoints that are the student.
 
 A checkpoint's folder is the student as `save_pretrained` writes it, and beside it whatever else the learner trains
-(`learner.safetensors`), which `from_pretrained` does not see and the student never holds.
+(`learner.safetensors`), which `from_pretrained` does not see and the student never holds. A sharded learner's holds
+the part of each process instead (`shards/`).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 
 from nestling.errors import CheckpointError, NestlingError
 from nestling.hub.quiet import quiet
 from nestling.train.learner import Learner
+from nestling.train.sharding import load_optimizer, load_weights, save_shards
 
 BESIDE = "learner.safetensors"
 STUDENT = "student."
@@ -28,11 +32,26 @@ class LearnerTrainer(Trainer):
     """Trains a `Learner`."""
 
     def __init__(self, learner: Learner, **arguments: Any):
-        super().__init__(model=learner, **arguments)
         self.learner = learner
+        super().__init__(model=learner, **arguments)
+        if learner.is_sharded:
+            self._leave_placement()
         self.add_callback(_Begin(learner))
         self._parts: dict[str, Tensor] = {}
         self._logged_at = 0
+
+    def _leave_placement(self) -> None:
+        """Neither wrap nor shard the learner, which owns its placement, as does a model that was sharded when loaded.
+
+        `Trainer` refuses checkpoints of such a model; those here are the learner's own. Raises `NestlingError`.
+        """
+        if not hasattr(self, "is_distributed_loading_by_transformers"):
+            raise NestlingError("fsdp needs a later transformers, 5.24 say: upgrade it, or train with fsdp off")
+        self.is_distributed_loading_by_transformers = True
+
+    def _move_model_to_device(self, model: torch.nn.Module, device: torch.device) -> None:
+        if not self.learner.is_sharded:
+            super()._move_model_to_device(model, device)
 
     def compute_loss(
         self,
@@ -82,6 +101,9 @@ class LearnerTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = Path(str(output_dir or self.args.output_dir))
+        if self.learner.is_sharded:  # its weights are written with the optimizer, by all processes
+            self.learner.student.config.save_pretrained(folder)
+            return
         state = state_dict if state_dict is not None else self.learner.state_dict()
         ours = {name.removeprefix(STUDENT): value for name, value in state.items() if name.startswith(STUDENT)}
         with quiet():
@@ -97,9 +119,36 @@ class LearnerTrainer(Trainer):
                 f"({error}): make room, or set save_every to 0"
             ) from error
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.learner.is_sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_shards(Path(output_dir), self.learner, self._plain_optimizer())
+        if self.args.should_save:
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.learner.is_sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer, scheduler = self._plain_optimizer(), cast(Any, self.lr_scheduler)
+        load_optimizer(Path(checkpoint), self.learner, optimizer)
+        scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
+        for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate  # of the next step; the scheduler itself only sets those after it
+
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer without what accelerate puts around it."""
+        return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Reduce after every micro-batch: waiting for the last would keep all gradients whole in the meantime."""
+        yield
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.learner.is_sharded:
+            load_weights(Path(resume_from_checkpoint), self.learner)
             return
         student = self.learner.student
         with quiet():
