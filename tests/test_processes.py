@@ -24,7 +24,7 @@ def batches():
 
 def rankings():
     model, text = tiny("llama-tied"), batches()
-    found = [rank(model, text, metric=metric) for metric in ("activation", "contribution")]
+    found = [rank(model, text, metric=metric) for metric in ("activation", "contribution", "taylor")]
     found += [rank(model, text, over_batch=over, over_sequence="var") for over in ("mean", "var")]
     return [ranking.scores for ranking in found] + [rank(model, text[1:], layers="kl", greedy_layers=2).scores]
 

@@ -131,6 +131,15 @@ def _shown(name: str, limit: Limit) -> str:
     return f"{limit}ms" if name == LATENCY and not limit.relative else str(limit)
 
 
+def amount(text: str | float) -> float:
+    """A number as people write it: 94B, 400T, 48Gi. Raises `TargetError` for anything else, and for none at all."""
+    found = _NUMBER.match(str(text).strip())
+    factor = _FACTORS.get(found.group(2).lower()) if found else None
+    if not found or factor is None or float(found.group(1)) <= 0:
+        raise TargetError(f"'{text}' is not an amount above zero: write a number such as 94B or 48Gi")
+    return float(found.group(1)) * factor
+
+
 def _limit(name: str, text: str) -> Limit:
     found = _NUMBER.match(text)
     suffix = found.group(2).lower() if found else "?"

@@ -34,6 +34,7 @@ VERBS = {
     "compress": ("compress", "CompressSettings", "compress", "the whole job: rank, search, prune, distill, report"),
     "family": ("family", "FamilySettings", "family", "several children of one model in one job"),
     "eval": ("evaluate", "EvalSettings", "evaluate_model", "perplexity, minimal pairs, lm-eval tasks"),
+    "plan": ("plan", "PlanSettings", "plan_job", "what a job takes on machines that are not here: memory, time"),
     "bench": ("evaluate", "BenchSettings", "bench", "prefill and decode speed of models, side by side"),
     "elastic train": ("elastic", "ElasticTrain", "elastic_train", "many nested members in one training run"),
     "elastic extract": ("elastic", "ElasticExtract", "elastic_extract", "one member as a checkpoint of its own"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,6 +30,7 @@ from nestling.hub.check import check_folder, check_weights, first_line
 from nestling.hub.quiet import model_class_name, quiet
 from nestling.hub.source import fetch_config, fetch_snapshot, locate
 
+CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -68,7 +70,12 @@ def load(
 
 
 def config(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config of a source, without its weights. Raises `CheckpointError` like `load`."""
+    """The config of a source, without its weights; also of a YAML or JSON file with the config's fields alone.
+
+    Raises `CheckpointError` like `load`.
+    """
+    if Path(source).suffix in CONFIG_SUFFIXES and Path(source).is_file():
+        return _config_file(Path(source))
     place = locate(source)
     if place.kind == "gguf":
         found = gguf.load_config(place.path)
@@ -78,6 +85,19 @@ def config(source: str | Path, *, trust_remote_code: bool = False) -> PreTrained
         check_folder(folder)
         found = check_config(folder, source, trust_remote_code)
     found._name_or_path = str(source)
+    return found
+
+
+def _config_file(path: Path) -> PreTrainedConfig:
+    """A config from a file that names `model_type` and whatever is not that type's default."""
+    try:
+        fields = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        found: PreTrainedConfig = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    except Exception as error:  # config classes validate with exceptions of many libraries
+        raise CheckpointError(
+            f"'{path}' is not a config ({first_line(error)}): give YAML or JSON fields, model_type among them"
+        ) from error
+    found._name_or_path = str(path)
     return found
 
 

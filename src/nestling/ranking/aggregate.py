@@ -26,7 +26,7 @@ from nestling.errors import NestlingError
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return torch.linalg.vector_norm(values, ord=1, dim=1, dtype=_wide(values)) / values.shape[1]
-    return (values.float().abs() * mask).sum(1) / mask.sum(1)
+    return (values.to(_wide(values)).abs() * mask).sum(1) / mask.sum(1)
 
 
 def _l2(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -40,7 +40,7 @@ def _wide(values: Tensor) -> torch.dtype:
 
 
 def _var(values: Tensor, mask: Tensor | None) -> Tensor:
-    values = values.float()
+    values = values.to(_wide(values))
     if mask is None:
         return values.var(dim=1, correction=0)
     mean = (values * mask).sum(1) / mask.sum(1)
