@@ -74,11 +74,11 @@ def test_evolution_finds_what_going_through_all_finds(seed):
 
     every = [priced for sizes in space.combinations() if (priced := space.largest(sizes))]
     best = min(damage(shape) for shape, _ in every)
-    found = evolve(space, damage, seed, population=24, generations=12)
+    found = evolve(space, damage, seed, population=48, generations=25)
     assert damage(found[0][0]) == pytest.approx(best)
     assert [damage(shape) for shape, _ in found] == sorted(damage(shape) for shape, _ in found)
     assert len(every) > 100
-    again = evolve(space, damage, seed, population=24, generations=12)
+    again = evolve(space, damage, seed, population=48, generations=25)
     assert found == again, "the same seed gives the same result"
 
 
