@@ -10,7 +10,7 @@ position (scores and values) plus 5 per element of a recurrent state (decay, inp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -75,32 +75,23 @@ def cost(
 def cost_of_form(
     anatomy: Anatomy, form: Form, context: int = 4096, batch: int = 1, dtype: torch.dtype | None = None
 ) -> Cost:
-    """As `cost`, for a form that has been fitted already."""
+    """As `cost`, for a form that has been fitted already. Layers that are alike are counted once."""
     item = item_bytes(anatomy.config, dtype)
-    architecture = anatomy.architecture
-    params, active, matmul = 0, 0.0, 0.0
-    for spec, sizes in _tensors(anatomy, form):
-        tied_copy = anatomy.tied and spec.name == architecture.tied
-        count = math.prod(dimension.size(sizes) for dimension in spec.layout)
-        used = count * share_used(anatomy, spec, sizes)
-        params += 0 if tied_copy else count
-        active += 0 if tied_copy else used
-        matmul += used if len(spec.layout) > 1 and spec.name != architecture.lookup else 0
-    blocks = list(_blocks(anatomy, form))
-    attended = [(sizes, block, attended_length(anatomy, layer, context)) for layer, sizes, block in blocks]
-    kv = sum(length * products_size(architecture.kv_cache.get(block, ()), sizes) for sizes, block, length in attended)
-    attention = sum(
-        length * products_size(_one(architecture.attends.get(block)), sizes) for sizes, block, length in attended
-    )
-    state = sum(products_size(architecture.state.get(block, ()), sizes) for _, sizes, block in blocks)
-    recent = sum(products_size(architecture.recent.get(block, ()), sizes) for _, sizes, block in blocks)
+    total = _Counts.of(anatomy, anatomy.own, form.sizes[0], 0)
+    known: dict[Any, _Counts] = {}
+    for layer, sizes in zip(form.layers, form.sizes, strict=False):  # without layers, the sizes of one remain
+        length = attended_length(anatomy, layer, context)
+        key = (anatomy.alike[layer], length, *sizes.items())
+        if key not in known:
+            known[key] = _Counts.of(anatomy, anatomy.of_layer[layer], sizes, length)
+        total = total + known[key]
     return Cost(
-        params=params,
-        active_params=round(active),
-        weight_bytes=params * item,
-        kv_bytes=kv * batch * item,
-        state_bytes=(STATE_BYTES * state + item * recent) * batch,
-        flops_per_token=round(2 * matmul + 4 * attention + 5 * state),
+        params=total.params,
+        active_params=round(total.active),
+        weight_bytes=total.params * item,
+        kv_bytes=total.kv * batch * item,
+        state_bytes=(STATE_BYTES * total.state + item * total.recent) * batch,
+        flops_per_token=round(2 * total.matmul + 4 * total.attention + 5 * total.state),
         context=context,
         batch=batch,
     )
@@ -128,26 +119,44 @@ def cost_by_kind(
     return found
 
 
-def _tensors(anatomy: Anatomy, form: Form) -> Iterator[tuple[TensorSpec, dict[str, int]]]:
-    place = {layer: position for position, layer in enumerate(form.layers)}
-    routed = anatomy.architecture.routed
-    for spec in anatomy.tensors.values():
-        if routed is not None and routed.bias and spec.name.endswith(f".{routed.bias}"):
-            continue  # a buffer: set by the loads of the experts, not learned
-        if spec.layer is None:
-            yield spec, form.sizes[0]
-        elif spec.layer in place:
-            yield spec, form.sizes[place[spec.layer]]
+@dataclass(frozen=True)
+class _Counts:
+    """What some tensors, and the blocks that they make up, add to a cost, in numbers.
 
+    matmul: weights of matrices that a token meets. kv, attention: for all positions attended. state, recent: of
+    a sequence, in float32 and in the model's dtype.
+    """
 
-def _blocks(anatomy: Anatomy, form: Form) -> Iterator[tuple[int, dict[str, int], str]]:
-    blocks: dict[int, set[str]] = {}
-    for spec in anatomy.tensors.values():
-        if spec.layer is not None and spec.block is not None:
-            blocks.setdefault(spec.layer, set()).add(spec.block)
-    for layer, sizes in zip(form.layers, form.sizes, strict=False):  # no layers, and the sizes of the model's own
-        for block in sorted(blocks[layer]):
-            yield layer, sizes, block
+    params: int = 0
+    active: float = 0.0
+    matmul: float = 0.0
+    kv: int = 0
+    attention: int = 0
+    state: int = 0
+    recent: int = 0
+
+    def __add__(self, other: _Counts) -> _Counts:
+        return _Counts(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+    @classmethod
+    def of(cls, anatomy: Anatomy, specs: Iterable[TensorSpec], sizes: Mapping[str, int], length: int) -> _Counts:
+        made = anatomy.architecture
+        params, active, matmul = 0, 0.0, 0.0
+        for spec in specs:
+            if made.routed is not None and made.routed.bias and spec.name.endswith(f".{made.routed.bias}"):
+                continue  # a buffer: set by the loads of the experts, not learned
+            tied_copy = anatomy.tied and spec.name == made.tied
+            count = math.prod(dimension.size(sizes) for dimension in spec.layout)
+            used = count * share_used(anatomy, spec, sizes)
+            params += 0 if tied_copy else count
+            active += 0 if tied_copy else used
+            matmul += used if len(spec.layout) > 1 and spec.name != made.lookup else 0
+        blocks = {spec.block for spec in specs if spec.layer is not None and spec.block is not None}
+        kv = length * sum(products_size(made.kv_cache.get(block, ()), sizes) for block in blocks)
+        attention = length * sum(products_size(_one(made.attends.get(block)), sizes) for block in blocks)
+        state = sum(products_size(made.state.get(block, ()), sizes) for block in blocks)
+        recent = sum(products_size(made.recent.get(block, ()), sizes) for block in blocks)
+        return cls(params, active, matmul, kv, attention, state, recent)
 
 
 def share_used(anatomy: Anatomy, spec: TensorSpec, sizes: Mapping[str, int]) -> float:

@@ -147,6 +147,31 @@ class Anatomy:
         return "+".join(b for b in self.blocks(layer) if any(" " in spec.strip("()") for spec in blocks[b].values()))
 
     @cached_property
+    def own(self) -> tuple[TensorSpec, ...]:
+        """The tensors that are in no layer."""
+        return tuple(spec for spec in self.tensors.values() if spec.layer is None)
+
+    @cached_property
+    def of_layer(self) -> list[tuple[TensorSpec, ...]]:
+        """The tensors of every layer."""
+        found: list[list[TensorSpec]] = [[] for _ in range(self.num_layers)]
+        for spec in self.tensors.values():
+            if spec.layer is not None:
+                found[spec.layer].append(spec)
+        return [tuple(specs) for specs in found]
+
+    @cached_property
+    def alike(self) -> list[int]:
+        """A number for every layer, the same for layers that hold the same tensors, laid out alike."""
+        known: dict[tuple[Any, ...], int] = {}
+        numbers = []
+        for layer, specs in enumerate(self.of_layer):
+            start = len(self.layer_path(layer))
+            key = tuple((spec.name[start:], spec.block, spec.layout) for spec in specs)
+            numbers.append(known.setdefault(key, len(known)))
+        return numbers
+
+    @cached_property
     def _letters_in(self) -> list[frozenset[str]]:
         letters: list[set[str]] = [set() for _ in range(self.num_layers)]
         for spec in self.tensors.values():

@@ -24,7 +24,7 @@ from nestling.surgery.choose import kept_layers
 Latency = Callable[[Form], float]
 Sizes = tuple[int, ...]
 Priced = tuple[Shape, Cost]
-ENUMERABLE = 20_000  # combinations above which a space is searched rather than gone through
+ENUMERABLE = 4_000  # combinations above which a space is searched rather than gone through
 
 
 @dataclass(frozen=True)
