@@ -1,6 +1,6 @@
 """Nestling turns one language model into a family: rank, prune and distill Hugging Face checkpoints."""
 
-from nestling import dmc, elastic
+from nestling import dmc, elastic, moe
 from nestling.anatomy import Anatomy
 from nestling.cost import Cost, cost
 from nestling.distill import distill
@@ -29,6 +29,7 @@ __all__ = [
     "elastic",
     "load",
     "masked",
+    "moe",
     "pretrain",
     "prune",
     "rank",

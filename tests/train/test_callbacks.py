@@ -1,16 +1,12 @@
 """The metrics file over interruptions, and progress without a terminal."""
 
-import io
 import json
-import re
 import signal
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
-from rich.progress import Progress
 
-from nestling.train.callbacks import MetricsLog, ShowProgress, StopOnInterrupt, bar_columns
+from nestling.train.callbacks import MetricsLog, ShowProgress, StopOnInterrupt
 
 
 def state(step, tokens=0, most=10):
@@ -77,14 +73,3 @@ def test_second_interrupt_stops_at_once():
     with pytest.raises(KeyboardInterrupt):
         train()
     assert reached == [1]
-
-
-@pytest.mark.parametrize("width", [60, 120])
-def test_a_bar_fits_its_terminal_with_every_figure_whole(width):
-    console = Console(file=io.StringIO(), width=width, force_terminal=True, highlight=False)
-    with Progress(*bar_columns(console), console=console) as progress:
-        progress.advance(progress.add_task("calibration text, tokens", total=8192), 4096)
-        progress.refresh()
-    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue())
-    assert all(part in shown for part in ("calibration text, tokens", "4096/8192", "left"))
-    assert "\u2026" not in shown

@@ -57,7 +57,7 @@ def upcycle(
     if not post:
         scales = ((count * granularity / chosen) ** (1 / 3),) * 3
     generator = torch.Generator().manual_seed(seed)
-    weights, at = dict(model.state_dict()), _places(kin)
+    weights, at = dict(model.state_dict()), places_of(kin)
     for layer in range(anatomy.num_layers):
         path = anatomy.layer_path(layer)
         gate, up, down = (weights.pop(f"{path}.mlp.{name}") for name in (GATE, UP, DOWN))
@@ -75,8 +75,8 @@ def split(model: PreTrainedModel, granularity: int) -> PreTrainedModel:
     The way into fine experts from a trained mixture; once training or pruning breaks the ties, they part.
     """
     anatomy = Anatomy.of(model)
-    experts, neurons = _axes(anatomy.architecture)
-    at, config = _places(anatomy.architecture), copy.deepcopy(model.config)
+    experts, neurons = axes_of(anatomy.architecture)
+    at, config = places_of(anatomy.architecture), copy.deepcopy(model.config)
     width = anatomy.value(neurons, anatomy.routed_layers()[0])
     _check_width(width, granularity)
     setattr(config, experts.field, getattr(config, experts.field) * granularity)
@@ -101,7 +101,7 @@ def to_dense(model: PreTrainedModel, ranking: Ranking, experts: int | None = Non
     start for distillation, not a model to use as it is. Raises `UnsupportedArchitecture` where no dense model is alike.
     """
     anatomy = Anatomy.of(model)
-    axis, neurons = _axes(anatomy.architecture)
+    axis, neurons = axes_of(anatomy.architecture)
     dense = anatomy.architecture.dense_kin
     if dense is None or anatomy.routed_layers() != list(range(anatomy.num_layers)):
         raise UnsupportedArchitecture(
@@ -113,7 +113,7 @@ def to_dense(model: PreTrainedModel, ranking: Ranking, experts: int | None = Non
         raise ShapeError(f"experts={count} of {anatomy.value(axis, 0)} cannot be kept: give a number up to that")
     config = _config(dense, model.config)
     config.intermediate_size = count * anatomy.value(neurons, 0)
-    weights, at = dict(model.state_dict()), _places(anatomy.architecture)
+    weights, at = dict(model.state_dict()), places_of(anatomy.architecture)
     for layer in range(anatomy.num_layers):
         path, best = anatomy.layer_path(layer), ranking.order(axis.field, layer)[:count].sort().values
         fused, down = weights.pop(f"{path}.{at['up']}")[best], weights.pop(f"{path}.{at['down']}")[best]
@@ -144,7 +144,7 @@ def mixture_config(
         raise UnsupportedArchitecture(
             f"{kin.model_type} always normalizes over the chosen experts: take mode exact, or a model such as qwen3"
         )
-    made, (experts, neurons) = _config(kin.model_type, config), _axes(kin)
+    made, (experts, neurons) = _config(kin.model_type, config), axes_of(kin)
     setattr(made, experts.field, num_experts * granularity)
     setattr(made, str(experts.active), num_experts_per_tok * granularity)
     setattr(made, neurons.field, config.intermediate_size // granularity)
@@ -193,16 +193,16 @@ def _config(model_type: str, like: PreTrainedConfig) -> PreTrainedConfig:
     return made
 
 
-def _axes(architecture: Architecture) -> tuple[Axis, Axis]:
+def axes_of(architecture: Architecture) -> tuple[Axis, Axis]:
     """Experts, and the neurons in them. Raises `UnsupportedArchitecture` for a model without both."""
     experts = next((axis for axis in architecture.axes if axis.active), None)
     inner = [axis for axis in architecture.axes if experts is not None and experts.letter in axis.within]
-    if experts is None or not inner or "gate_up_proj" not in _places(architecture)["up"]:
+    if experts is None or not inner or "gate_up_proj" not in places_of(architecture)["up"]:
         raise UnsupportedArchitecture(f"{architecture.model_type} has no routed, gated experts that can be converted")
     return experts, inner[0]
 
 
-def _places(architecture: Architecture) -> dict[str, str]:
+def places_of(architecture: Architecture) -> dict[str, str]:
     """Names, relative to a layer, of the router and of the experts' tensors."""
     routed = architecture.routed
     if routed is None:

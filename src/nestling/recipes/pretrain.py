@@ -59,11 +59,11 @@ def pretrain_model(settings: PretrainVerb) -> dict[str, Any]:
     Raises a `NestlingError` for anything wrong with the settings before any long work starts.
     """
     config = architecture_config(settings.architecture, fields(settings.set), settings.trust_remote_code)
-    given = _given_tokenizer(settings)
+    given = given_tokenizer(settings)
     if given is not None and settings.tokenizer is None:
         check_tokenizer(given, config.vocab_size)
     run = Run("pretrain", settings, settings.out, settings.overwrite)
-    tokenizer = given or _trained_tokenizer(settings, run)
+    tokenizer = given or trained_tokenizer(settings, run)
     target = run.path("model")
     if target.exists():
         model, _ = hub.load(target, device=settings.device)
@@ -73,7 +73,7 @@ def pretrain_model(settings: PretrainVerb) -> dict[str, Any]:
         console.print(f"{config.model_type}, {count(model.num_parameters())} parameters")
         pretrain(model, settings.data, tokenizer, settings.train, run_dir=run.folder)
         hub.save(model, target, tokenizer)
-    summary = run.values("pretrained.json", lambda: _summary(settings, model, tokenizer))
+    summary = run.values("pretrained.json", lambda: validated(settings, model, tokenizer))
     console.print(f"validation loss {figure(summary['loss'])}\nmodel: {target}")
     return {"model": str(target), **summary}
 
@@ -89,7 +89,7 @@ def fields(texts: str | list[str]) -> dict[str, Any]:
     return found
 
 
-def _given_tokenizer(settings: PretrainVerb) -> PreTrainedTokenizerBase | None:
+def given_tokenizer(settings: Any) -> PreTrainedTokenizerBase | None:
     """The tokenizer that was named, or that of a checkpoint given as architecture."""
     source = settings.tokenizer
     if source is None and names_checkpoint(settings.architecture):
@@ -102,7 +102,8 @@ def _given_tokenizer(settings: PretrainVerb) -> PreTrainedTokenizerBase | None:
     return found
 
 
-def _trained_tokenizer(settings: PretrainVerb, run: Run) -> PreTrainedTokenizerBase:
+def trained_tokenizer(settings: Any, run: Run) -> PreTrainedTokenizerBase:
+    """One of `vocab_size` tokens made from the data, kept in the run folder."""
     folder = run.path("tokenizer")
     if not folder.exists():
         with hub.replacing(folder) as partial:
@@ -113,7 +114,8 @@ def _trained_tokenizer(settings: PretrainVerb, run: Run) -> PreTrainedTokenizerB
     return found
 
 
-def _summary(settings: PretrainVerb, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def validated(settings: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The loss on the validation part of the data, and what the model costs."""
     found = evaluate.perplexity(
         model, tokenizer, settings.data, context=settings.train.context, tokens=settings.evaluation_tokens
     )

@@ -1,0 +1,253 @@
+"""`nestling moe ...`: mixtures of experts made from dense models, made finer, dense again, pruned, and trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from nestling import hub, moe, processes
+from nestling.anatomy import Anatomy
+from nestling.cost import cost
+from nestling.data import packed
+from nestling.errors import CheckpointError, NestlingError, ShapeError
+from nestling.pretrain import architecture_config, build, names_checkpoint
+from nestling.ranking import Ranking, rank
+from nestling.recipes.pretrain import fields, given_tokenizer, trained_tokenizer, validated
+from nestling.recipes.progress import bar, console
+from nestling.recipes.run import Run
+from nestling.recipes.settings import CalibrationSettings, ModelSettings
+from nestling.recipes.source import Source, in_batches, load
+from nestling.report.human import count, figure
+from nestling.surgery import prune
+from nestling.train import documented
+
+METRICS = ("reap", "frequency", "gate", "contribution", "output_error")
+
+
+@documented
+@dataclass
+class UpcycleSettings(ModelSettings):
+    """Settings of `moe upcycle`.
+
+    Args:
+        model: Dense model to make a mixture of; or a mixture, whose experts are then split by the granularity.
+        num_experts: Experts, each as wide as the FFN; times the granularity in the result.
+        num_experts_per_tok: Experts that a token uses; times the granularity in the result.
+        granularity: Parts that each expert is cut into: 1 is a standard mixture, 8 a fine-grained one.
+        mode: exact keeps the logits; paper scales all three matrices and takes weights from the softmax over all.
+        router_std: Standard deviation of the fresh router's weights.
+        out: Folder to write the model to.
+        seed: Of the fresh router.
+        overwrite: Replace the output folder.
+    """
+
+    model: str
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    granularity: int = 1
+    mode: str = "exact"
+    router_std: float = 0.02
+    out: str = "upcycled"
+    seed: int = 0
+    overwrite: bool = False
+
+
+@documented
+@dataclass
+class ExpertSettings(CalibrationSettings):
+    """Settings of `moe prune`.
+
+    Args:
+        model: Model with routed experts.
+        keep: Experts to keep in each layer, as a number or a part (0.5x).
+        metric: What experts are ranked by: reap, frequency, gate, contribution or output_error.
+        merge: Average the experts that go into the kept ones most like them, instead of dropping them.
+        dense: Put the kept experts side by side as one FFN, to be distilled; keep is then the number of them, that of a
+            token's experts unless given.
+        out: Folder to write the model to.
+        tokens: Calibration tokens.
+        overwrite: Replace the output folder.
+    """
+
+    model: str
+    keep: str | None = None
+    metric: str = "reap"
+    merge: bool = False
+    dense: bool = False
+    out: str = "pruned"
+    tokens: int = 8192
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise NestlingError(f"metric '{self.metric}' does not rank experts: choose from {', '.join(METRICS)}")
+        if self.keep is None and not self.dense:
+            raise NestlingError("say how many experts to keep in each layer, as in --keep 0.5x or --keep 32")
+
+
+@dataclass
+class MixtureVerb:
+    """Settings of `moe train`.
+
+    Args:
+        architecture: Mixture to train: a checkpoint (whose weights are kept) or a dense preset or YAML file with
+            model_type and config fields, which num_experts and the two below make a fresh mixture of.
+        data: Training text: hub dataset, local file or folder, or builtin:stdlib.
+        out: Run folder; metrics, checkpoints and the trained model go there.
+        num_experts: Experts of a fresh mixture, each as wide as the FFN; times the granularity.
+        num_experts_per_tok: Of them a token uses so many; times the granularity.
+        granularity: Parts that each expert is cut into; total and active parameters stay.
+        normalize: Weights of the chosen experts add up to 1 (softmax after top-k); otherwise they come from the softmax
+            over all.
+        set: Config fields to set on top, as FIELD=VALUE with commas between.
+        tokenizer: Take the tokenizer of this checkpoint; one is trained on the data where there is none.
+        vocab_size: Tokens of a tokenizer that is trained on the data.
+        evaluation_tokens: Tokens of the validation part on which the result is measured.
+        train: Settings of the training.
+        device: Where to compute; the best there is unless given.
+        trust_remote_code: Let the checkpoint run code of its own.
+        overwrite: Start anew even if the run folder holds a run.
+    """
+
+    architecture: str
+    data: str = "builtin:stdlib"
+    out: str = "runs/moe"
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    granularity: int = 1
+    normalize: bool = True
+    set: str | list[str] = ""
+    tokenizer: str | None = None
+    vocab_size: int = 2048
+    evaluation_tokens: int = 32768
+    train: moe.MixtureSettings = field(default_factory=moe.MixtureSettings)
+    device: str | None = None
+    trust_remote_code: bool = False
+    overwrite: bool = False
+
+
+def upcycle_model(settings: UpcycleSettings) -> dict[str, Any]:
+    """Make the mixture, say how far its logits are from the model's, and save it."""
+    _check_out(settings.out, settings.overwrite)
+    model, tokenizer = load(settings, settings.model)
+    if Anatomy.of(model).routed_layers():
+        made = moe.split(model, settings.granularity)
+    else:
+        numbers = (settings.num_experts, settings.num_experts_per_tok, settings.granularity)
+        made = moe.upcycle(model, *numbers, settings.mode, settings.router_std, settings.seed)
+    difference = _difference(model, made)
+    console.print(f"largest difference of a logit from the model's: {difference:.2g}")
+    return _saved(made, tokenizer, settings.out, settings.overwrite, {"logit_difference": difference})
+
+
+def prune_experts(settings: ExpertSettings) -> dict[str, Any]:
+    """Rank the experts, drop or merge what is below, and save the rest."""
+    _check_out(settings.out, settings.overwrite)
+    source = Source.open(settings)
+    anatomy = Anatomy.of(source.model)
+    next(moe.routed_modules(source.model))  # refuses a model without experts
+    axis = next(axis for axis in anatomy.axes.values() if axis.active)
+    keep = _kept(settings.keep, anatomy.value(axis, anatomy.routed_layers()[0])) if settings.keep else None
+    batches = in_batches(source.calibration(settings, settings.tokens))
+    with bar("ranking, tokens", settings.tokens) as advance:
+        ranking = rank(source.model, batches, metric={axis.field: settings.metric}, progress=advance)
+    fewest = min(int(load.min()) for load in moe.loads(source.model, batches))
+    console.print(f"the expert with the fewest calibration tokens saw {fewest}")
+    made = _cut(source.model, ranking, axis.field, keep, batches, settings)
+    return _saved(made, source.tokenizer, settings.out, settings.overwrite, {"fewest_tokens": fewest})
+
+
+def train_mixture(settings: MixtureVerb) -> dict[str, Any]:
+    """Train the mixture, or go on with it; returns where it is, its held-out loss and the load of its experts."""
+    checkpoint = names_checkpoint(settings.architecture)
+    config = None if checkpoint else _mixture(settings)
+    given = given_tokenizer(settings)
+    run = Run("moe train", settings, settings.out, settings.overwrite)
+    tokenizer = given or trained_tokenizer(settings, run)
+    target = run.path("model")
+    if target.exists():
+        model, _ = hub.load(target, device=settings.device)
+    else:
+        if config is None:
+            model = hub.load(settings.architecture, dtype="float32", device=settings.device)[0]
+        else:
+            model = build(config, tokenizer, settings.train.seed, settings.device)
+        console.print(f"{model.config.model_type}, {count(model.num_parameters())} parameters")
+        moe.train(model, settings.data, tokenizer, settings.train, run.folder)
+        hub.save(model, target, tokenizer)
+    summary = run.values("trained.json", lambda: _summary(settings, model, tokenizer))
+    load = summary["load"]
+    console.print(f"validation loss {figure(summary['loss'])}; busiest expert {figure(load['max_load'])}x the mean")
+    console.print(f"model: {target}")
+    return {"model": str(target), **summary}
+
+
+def _mixture(settings: MixtureVerb) -> PreTrainedConfig:
+    """The config to train with fresh weights: as it is if it has experts, else made a mixture."""
+    config = architecture_config(settings.architecture, fields(settings.set), settings.trust_remote_code)
+    if Anatomy.of(config).routed_layers():
+        return config
+    numbers = (settings.num_experts, settings.num_experts_per_tok, settings.granularity)
+    return moe.mixture_config(config, *numbers, post=settings.normalize)
+
+
+def _summary(settings: MixtureVerb, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    rows = packed(settings.data, tokenizer, context=settings.train.context, tokens=8192, seed=settings.train.seed)
+    ids = torch.stack([torch.as_tensor(row["input_ids"]) for row in rows])
+    loads = moe.loads(model, in_batches(ids))
+    load = {**moe.health(loads), "per_layer": [[int(slots) for slots in layer] for layer in loads]}
+    return validated(settings, model, tokenizer) | {"load": load}
+
+
+def _cut(
+    model: PreTrainedModel,
+    ranking: Ranking,
+    name: str,
+    keep: int | None,
+    batches: list[dict[str, Tensor]],
+    settings: ExpertSettings,
+) -> PreTrainedModel:
+    if settings.dense:
+        return moe.to_dense(model, ranking, keep)
+    assert keep is not None
+    if settings.merge:
+        return moe.merge(model, ranking, keep, moe.loads(model, batches))
+    return prune(model, ranking, {name: keep})
+
+
+def _kept(text: str, experts: int) -> int:
+    part = text.endswith("x")
+    try:
+        kept = round(float(text[:-1]) * experts) if part else int(text)
+    except ValueError:
+        kept = 0
+    if not 1 <= kept <= experts:
+        raise ShapeError(f"--keep {text} of {experts} experts cannot be: give a number up to that, or a part as 0.5x")
+    return kept
+
+
+def _check_out(out: str, overwrite: bool) -> None:
+    if Path(out).exists() and not overwrite:
+        raise CheckpointError(f"'{out}' exists: name another folder with --out, or give --overwrite")
+
+
+@torch.no_grad()
+def _difference(model: PreTrainedModel, made: PreTrainedModel) -> float:
+    """Largest difference of a logit on random tokens."""
+    ids = torch.randint(0, model.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(model.device)
+    return (model(input_ids=ids).logits - made(input_ids=ids).logits).abs().max().item()
+
+
+def _saved(
+    made: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, out: str, overwrite: bool, more: dict[str, Any]
+) -> dict[str, Any]:
+    processes.first(lambda: str(hub.save(made, out, tokenizer, overwrite=overwrite)))
+    price = cost(made)
+    console.print(f"model: {out} ({count(price.params)} parameters, {count(price.active_params)} active)")
+    return {"model": out, "cost": price.to_dict(), **more}

@@ -1,0 +1,72 @@
+"""The verbs of mixtures on a tiny checkpoint: upcycled, trained, pruned, merged, dense again; and a fresh one."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from nestling.cli import main
+from nestling.experts import use_fast_experts
+from tests.cli.workplace import FEW, TEXT, run
+from tests.models import logits
+
+IDS = torch.arange(3, 15)[None]
+TRAIN = [
+    *("--data", "text.jsonl", "--evaluation_tokens", 64, "--train.steps", 2, "--train.batch_size", 2),
+    *("--train.context", 32, "--train.save_every", 1),
+]
+
+
+def load(folder):
+    return use_fast_experts(AutoModelForCausalLM.from_pretrained(folder).eval())
+
+
+def test_a_dense_model_and_back(place, capsys):
+    made = run(capsys, "moe", "upcycle", "m", "--num_experts", 4, "--granularity", 2, "--out", "mix")
+    assert made["logit_difference"] < 1e-3
+    torch.testing.assert_close(logits(load("mix"), IDS), logits(load("m"), IDS), rtol=1e-3, atol=1e-3)
+    assert load("mix").config.num_local_experts == 8
+    fine = run(capsys, "moe", "upcycle", "mix", "--granularity", 2, "--out", "fine")
+    assert fine["logit_difference"] < 1e-3
+    trained = run(capsys, "moe", "train", "mix", "--out", "run", *TRAIN)
+    assert len(trained["load"]["per_layer"]) == 4
+    assert not torch.equal(logits(load("run/model"), IDS), logits(load("mix"), IDS))
+    assert run(capsys, "moe", "train", "mix", "--out", "run", *TRAIN) == trained
+    few = run(capsys, "moe", "prune", "run/model", "--keep", "0.5x", "--out", "few", *FEW)
+    assert few["fewest_tokens"] >= 0
+    assert load("few").config.num_local_experts == 4
+    run(capsys, "moe", "prune", "run/model", "--keep", 5, "--merge", "true", "--out", "merged", *FEW)
+    assert load("merged").config.num_local_experts == 5
+    run(capsys, "moe", "prune", "run/model", "--dense", "true", "--out", "dense", *FEW)
+    assert load("dense").config.model_type == "mistral"
+    found = run(capsys, "prune", "run/model", "--to", "0.8x", "--axes", "num_local_experts", "--out", "cut", *FEW)
+    assert set(found["shape"]) == {"num_local_experts"}
+
+
+def test_a_fresh_fine_grained_mixture(place, capsys):
+    (place / "dense.yaml").write_text(
+        "model_type: qwen3\nhidden_size: 32\nintermediate_size: 32\nnum_hidden_layers: 2\nnum_attention_heads: 2\n"
+        "num_key_value_heads: 1\nhead_dim: 16\n"
+    )
+    sizes = ("--num_experts", 4, "--num_experts_per_tok", 1, "--granularity", 4)
+    run(capsys, "moe", "train", "dense.yaml", *sizes, "--tokenizer", "m", "--out", "run", *TRAIN)
+    config = load("run/model").config
+    assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (16, 4, 8)
+    assert config.norm_topk_prob
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("prune", "m", "--keep", "0.5x", *FEW), "no routed experts"),
+        (("prune", "m", *FEW), "how many"),
+        (("prune", "m", "--keep", "2", "--metric", "size", *FEW), "reap"),
+        (("upcycle", "m", "--granularity", "7"), "divide"),
+        (("upcycle", "m", "--num_experts_per_tok", "9"), "take 1 to 8"),
+        (("train", "m", *TEXT[:2]), "no routed experts"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(place, capsys, arguments, says):
+    assert main(["moe", *map(str, arguments), "--out", "x"]) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert "Traceback" not in said
