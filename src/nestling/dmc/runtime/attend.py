@@ -22,7 +22,7 @@ from .gates import Gates, forced, logits, relaxed, wide, without_channel
 from .kernel import COMPILED, usable
 from .plain import PLAIN
 from .pool import running_sums
-from .slots import PAGE, SlotLayer
+from .slots import SlotLayer
 
 QUERIES = 256  # of a prefill at once
 DENSE = 1024  # tokens up to which text without a cache is scored in one square
@@ -199,15 +199,12 @@ def _store(
 
 def decode(heads: Heads, gates: Gates, text: Text, slots: SlotLayer) -> Tensor:
     """One token per sequence, by compiled loops or, where they do not serve, by whole tensors."""
-    slots.make_room(int((slots.length % PAGE == 0).sum()), int(slots.length.max()) // PAGE + 1)
-    real = text.valid[:, 0]
-    opens = real & (slots.ended | text.ends[:, 0] | (slots.length[:, 0] == 0))
     token = (heads.query[..., 0, :], heads.key[:, :, 0], heads.value[:, :, 0])
     step = COMPILED if usable(heads.key, slots.keys) else PLAIN
-    query, mean = step.absorb(*token, slots, (real, opens), gates)
+    query, mean = step.absorb(*token, slots, (text.valid[:, 0], text.ends[:, 0]), gates)
     flat, key = heads.rotate(query.flatten(1, 2).unsqueeze(2), mean.unsqueeze(2))
     out = step.attend(flat.reshape(query.shape), key[:, :, 0], slots, gates.keep, heads.scaling)
-    _note(slots, text)
+    slots.tokens += 1
     return out.unsqueeze(3)
 
 

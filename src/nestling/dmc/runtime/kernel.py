@@ -54,21 +54,21 @@ def recurrence(alpha: Tensor, terms: Tensor, start: Tensor) -> Tensor:
 
 
 def absorb(
-    query: Tensor, key: Tensor, value: Tensor, state: Any, flags: tuple[Tensor, Tensor], gates: Any
+    query: Tensor, key: Tensor, value: Tensor, state: Any, text: tuple[Tensor, Tensor], gates: Any
 ) -> tuple[Tensor, Tensor]:
     """Merge or append one token per sequence: updates sums, lengths, page table and the top slot's value.
 
-    query: `[batch, heads, group, dim]`. key, value: `[batch, heads, dim]`. state: the cache layer. flags: real tokens,
-    and tokens that open a slot, both `[batch]`. Returns query and the top slot's mean key, both unrotated and with the
+    query: `[batch, heads, group, dim]`. key, value: `[batch, heads, dim]`. state: the cache layer. text: real tokens,
+    and separators of documents, both `[batch]`. Returns query and the top slot's mean key, both unrotated and with the
     gate channel times `gates.keep`.
     """
     out = torch.empty(query.shape, dtype=query.dtype), torch.empty(key.shape, dtype=key.dtype)
-    _loop("absorb")(
-        *map(_array, (query, key, value, state.sums, state.length, state.table, state.used, state.values)),
-        *map(_array, flags),
-        (float(gates.scale), float(gates.offset), float(gates.keep), bool(gates.shared)),
-        *(tensor.numpy() for tensor in out),
-    )
+    token = [_array(tensor) for tensor in (query, key, value, *text)]
+    settings = (float(gates.scale), float(gates.offset), float(gates.keep), bool(gates.shared))
+    arrays = [tensor.numpy() for tensor in out]
+    absorbed = _loop("absorb")
+    while missing := absorbed(*token, settings, *map(_array, state.parts), *arrays):
+        state.make_room(*missing)
     return out
 
 
@@ -81,11 +81,12 @@ def attend(query: Tensor, key: Tensor, state: Any, keep: float, scaling: float) 
     queries, top = _array(query).reshape(-1, group, dim), _array(key).reshape(-1, dim)
     table, length = _array(state.table).reshape(batch * heads, -1), _array(state.length).reshape(-1)
     keys, values = _array(state.keys), _array(state.values)
-    _loop("store")(queries, top, keys, table, length, float(keep))
-    work = _work(length)
+    work = np.empty((len(length) * -(-table.shape[1] * keys.shape[1] // STRETCH), 3), np.int64)
+    count, rows = _loop("store")(queries, top, keys, table, length, float(keep), work, STRETCH)
+    work = work[:count]
     found = np.empty((len(work), group, dim + 2), queries.dtype)
     stretch = _loop("stretch")
-    threads = torch.get_num_threads() if int(length.sum()) * dim >= THREADED_NUMBERS else 1
+    threads = torch.get_num_threads() if rows * dim >= THREADED_NUMBERS else 1
     if threads == 1 or len(work) == 1:
         stretch(queries, keys, values, table, work, float(scaling), found, 0, len(work))
     else:
@@ -109,14 +110,6 @@ class Step(NamedTuple):
 
 
 COMPILED = Step(absorb, attend)
-
-
-def _work(length: np.ndarray) -> np.ndarray:
-    """Stretches (head, first row, last row + 1) `[n, 3]`; a head without a slot has an empty one."""
-    pieces = np.maximum(1, -(-length // STRETCH))
-    head = np.repeat(np.arange(len(length)), pieces)
-    first = (np.arange(len(head)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * STRETCH
-    return np.stack([head, first, np.minimum(first + STRETCH, length[head])], axis=1)
 
 
 @lru_cache(maxsize=1)
@@ -150,11 +143,20 @@ def _recurrence(alpha, terms, start, sums):
             last = sums[row, t]
 
 
-def _absorb(query, key, value, sums, length, table, used, values, valid, opens, gates, out_query, out_key):
+def _absorb(query, key, value, valid, ends, gates, sums, length, table, used, values, ended, out_query, out_key):
+    """Nothing is done, and what is missing is returned (pages, columns of the table), where pages are."""
     scale, offset, keep, shared = gates
     batch, heads, group, dim = query.shape
     page = values.shape[1]
+    pages, columns = 0, 0
     for b in range(batch):
+        for h in range(heads):
+            pages += length[b, h] % page == 0
+            columns = max(columns, length[b, h] // page + 1)
+    if used[0] + pages > values.shape[0] or columns > table.shape[2]:
+        return pages, columns
+    for b in range(batch):
+        opens = ended[b] or ends[b] or length[b, 0] == 0
         mean = 0.0
         for h in range(heads):
             mean += key[b, h, dim - 1] / heads
@@ -168,7 +170,7 @@ def _absorb(query, key, value, sums, length, table, used, values, valid, opens, 
             logit = scale * (mean if shared else key[b, h, dim - 1]) - offset
             weight = 1.0 / (1.0 + math.exp(-(scale * weighs + offset))) + 2.0**-23 if keep == 0 else 1.0
             if valid[b]:
-                if opens[b] or keep != 0 or not logit > 0:
+                if opens or keep != 0 or not logit > 0:
                     for c in range(2 * dim + 1):
                         sums[b, h, c] = 0
                     if length[b, h] % page == 0:
@@ -187,9 +189,15 @@ def _absorb(query, key, value, sums, length, table, used, values, valid, opens, 
                 top = length[b, h] - 1
                 for c in range(dim):
                     values[table[b, h, top // page], top % page, c] = sums[b, h, dim + c] / total
+        if valid[b]:
+            ended[b] = ends[b]
+    return None
 
 
-def _store(query, key, keys, table, length, keep):
+def _store(query, key, keys, table, length, keep, work, stretch):
+    """Also cuts the work into (head, first row, last row + 1), an empty piece for a head without a slot; returns how
+    many pieces and rows there are."""
+    count, rows = 0, 0
     page, dim = keys.shape[1], keys.shape[2]
     for row in range(key.shape[0]):
         for g in range(query.shape[1]):
@@ -199,6 +207,11 @@ def _store(query, key, keys, table, length, keep):
             top = length[row] - 1
             for c in range(dim):
                 keys[table[row, top // page], top % page, c] = key[row, c]
+        rows += length[row]
+        for first in range(0, max(1, length[row]), stretch):
+            work[count, 0], work[count, 1], work[count, 2] = row, first, min(first + stretch, length[row])
+            count += 1
+    return count, rows
 
 
 def _stretch(query, keys, values, table, work, scaling, found, first, last):

@@ -136,6 +136,8 @@ class Wiring:
 
     def __init__(self) -> None:
         self.text: Text | None = None
+        self.gates = Gates()
+        self.still: tuple[Tensor, Any] | None = None  # a rotation, and the one by nothing of its shape
         self.record: list[Decisions] | None = None
 
 
@@ -206,7 +208,7 @@ def _before_decoder(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     ends = torch.zeros_like(valid)
     for separator in module.config.dmc["separators"] if ids is not None else ():
         ends = ends | (ids == separator)
-    module.dmc.text = Text(valid, ends)
+    module.dmc.text, module.dmc.gates = Text(valid, ends), Gates.of(module.config)
 
 
 def _before_attention(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -215,7 +217,9 @@ def _before_attention(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple
     cache, rotary = kwargs.get(name), kwargs.get("position_embeddings")
     slots = slots_of(cache, module.layer_idx) if cache is not None and not module.training else None
     if rotary is not None:
-        kwargs["position_embeddings"] = (torch.ones_like(rotary[0]), torch.zeros_like(rotary[1]))
+        if module.dmc.still is None or module.dmc.still[0] is not rotary[0]:
+            module.dmc.still = rotary[0], (torch.ones_like(rotary[0]), torch.zeros_like(rotary[1]))
+        kwargs["position_embeddings"] = module.dmc.still[1]
     return args, kwargs | {name: None, "dmc": (slots, rotary)}
 
 
@@ -235,7 +239,7 @@ def _attention(
     rotate = partial(_rotated, module.dmc_rotate, rotary) if module.dmc_rotate is not None else _as_it_is
     grouped = query.unflatten(1, (key.shape[1], -1))
     heads = Heads(grouped, key, value, rotate, scaling)
-    out, decisions = attention(heads, Gates.of(module.config), module.dmc.text, slots, module.training, dropout)
+    out, decisions = attention(heads, module.dmc.gates, module.dmc.text, slots, module.training, dropout)
     if module.dmc.record is not None and decisions is not None:
         module.dmc.record.append(decisions)
     return out.flatten(1, 2).transpose(1, 2), None

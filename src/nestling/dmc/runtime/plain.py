@@ -15,11 +15,13 @@ from .slots import SlotLayer
 
 
 def absorb(
-    query: Tensor, key: Tensor, value: Tensor, slots: SlotLayer, flags: tuple[Tensor, Tensor], gates: Gates
+    query: Tensor, key: Tensor, value: Tensor, slots: SlotLayer, text: tuple[Tensor, Tensor], gates: Gates
 ) -> tuple[Tensor, Tensor]:
     """See `kernel.absorb`."""
     merge, weight = (found[..., 0] for found in logits(query.unsqueeze(3), key.unsqueeze(2), gates))
-    real, opens = (flag.unsqueeze(1) for flag in flags)
+    opens = (slots.ended | text[1] | (slots.length[:, 0] == 0)).unsqueeze(1)
+    slots.ended = torch.where(text[0], text[1], slots.ended)
+    real = text[0].unsqueeze(1)
     appended = real & (opens | ~(merge > 0))
     slots.reserve(slots.length + appended)
     slots.length = slots.length + appended

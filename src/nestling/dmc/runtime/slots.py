@@ -118,6 +118,11 @@ class SlotLayer(CacheLayerMixin):
     # ---- what attention asks
 
     @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What a decoding step changes, in the order in which the compiled loop takes it."""
+        return self.sums, self.length, self.table, self.used, self.values, self.ended
+
+    @property
     def nbytes(self) -> int:
         """Bytes held: pages, running sums, tables."""
         if not self.is_initialized:
