@@ -1,5 +1,7 @@
 """Distillation: a pruned student learns again from its teacher (Minitron, arXiv 2407.14679, section 3)."""
 
+from nestling.distill.cache import Cache, teacher_cache
+from nestling.distill.correct import Together, corrected
 from nestling.distill.distill import distill
 from nestling.distill.pair import Pair
 from nestling.distill.settings import DistillSettings
@@ -10,9 +12,13 @@ __all__ = [
     "DIVERGENCES",
     "STATES",
     "STATE_LOSSES",
+    "Cache",
     "DistillSettings",
     "Pair",
+    "Together",
+    "corrected",
     "distill",
     "divergence",
     "state_loss",
+    "teacher_cache",
 ]

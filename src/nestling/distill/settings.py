@@ -10,6 +10,7 @@ from nestling.distill.states import check_states, parse_layer_map
 from nestling.errors import NestlingError
 from nestling.train import Objective, TrainSettings, documented
 
+CORRECTIONS = ("none", "first", "together")
 LARGEST_BATCH = 8  # sequences per step that are taken unless more are asked for
 ENOUGH_STEPS = 96  # from a given number of tokens, more and smaller steps teach more
 
@@ -36,6 +37,11 @@ class DistillSettings(TrainSettings):
         state_loss: Loss between states: cosine or mse.
         state_weight: Weight of the states' loss; 0 balances it, for each sequence, to be worth as much as the
             divergence.
+        correction: Fine-tune a copy of the teacher on the data with cross-entropy: first, together with the student, or
+            none. For a teacher that was trained on other text.
+        correct_tokens: Tokens of a correction that comes first; as many as the student's unless given.
+        correct_rate: The teacher's learning rate, as a part of the student's.
+        keep_teacher: Leave the corrected teacher in the run folder, under teacher/.
         layer_map: Layers whose output and mlp_input are compared, TEACHER:STUDENT, counted from 0; the third from the
             end of each unless given.
     """
@@ -55,12 +61,23 @@ class DistillSettings(TrainSettings):
     state_loss: str = "cosine"
     state_weight: float = 0.0
     layer_map: str = ""
+    correction: str = "none"
+    correct_tokens: int = 0
+    correct_rate: float = 0.2
+    keep_teacher: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.objective()
         check_states(self.states, self.state_loss)
         parse_layer_map(self.layer_map)
+        if self.correction not in CORRECTIONS:
+            raise NestlingError(f"correction '{self.correction}' is not known: choose from {', '.join(CORRECTIONS)}")
+        if self.correct_tokens < 0 or not self.correct_rate > 0:
+            raise NestlingError(
+                f"correct_tokens {self.correct_tokens} and correct_rate {self.correct_rate} are not possible: give at "
+                f"least 0 tokens and a rate above 0"
+            )
         if self.state_weight < 0:
             raise NestlingError(f"state_weight {self.state_weight} is not possible: give a number of at least 0")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nestling import hub, processes
-from nestling.distill import DistillSettings, distill
+from nestling.distill import Cache, DistillSettings, distill
 from nestling.errors import NestlingError
 from nestling.recipes.progress import console
 from nestling.recipes.run import Run
@@ -26,6 +26,8 @@ class DistillVerb(ModelSettings):
         data: Training text: hub dataset, local file or folder, or builtin:stdlib.
         out: Run folder; metrics, checkpoints and the trained model go there.
         distill: Settings of the distillation.
+        teacher_cache: Folder in which the teacher's likeliest tokens (distill.top_k of them) are kept, for any number
+            of students; computed if they are not there. Once it is whole, the teacher is not loaded.
         overwrite: Start anew even if the run folder holds a run.
     """
 
@@ -34,6 +36,7 @@ class DistillVerb(ModelSettings):
     data: str = "builtin:stdlib"
     out: str = "runs/distill"
     distill: DistillSettings = field(default_factory=DistillSettings)
+    teacher_cache: str | None = None
     overwrite: bool = False
 
 
@@ -41,12 +44,23 @@ def distill_model(settings: DistillVerb) -> dict[str, Any]:
     """Train the student, or go on with it; returns where the model is."""
     if settings.teacher is None:
         raise NestlingError("distill needs a model to learn from: give --teacher, such as the model that was pruned")
-    teacher = Source.open(settings, "teacher")
     student, tokenizer = load(settings, settings.student)
+    teacher = None
+    if tokenizer is None or not _served(settings):
+        source = Source.open(settings, "teacher")
+        teacher, tokenizer = source.model, tokenizer or source.tokenizer
     run = Run("distill", settings, settings.out, settings.overwrite)
     target = run.path("model")
     if not run.has("model"):
-        child = distill(student, teacher.model, settings.data, teacher.tokenizer, settings.distill, run_dir=run.folder)
-        processes.first(lambda: str(hub.save(child, target, tokenizer or teacher.tokenizer)))
+        child = distill(
+            student, teacher, settings.data, tokenizer, settings.distill, run.folder, cache=settings.teacher_cache
+        )
+        processes.first(lambda: str(hub.save(child, target, tokenizer)))
     console.print(f"model: {target}")
     return {"model": str(target), "tokens": settings.distill.tokens}
+
+
+def _served(settings: DistillVerb) -> bool:
+    """Whether the cache is whole and of this teacher, so that the teacher itself is not needed."""
+    cache = Cache.open(settings.teacher_cache) if settings.teacher_cache else None
+    return cache is not None and cache.whole and cache.made_for.get("name") == settings.teacher

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nestling.anatomy import decoder, logits_head
+from nestling.train.divergences import TopK
 from nestling.train.losses import Head, LogitLosses, Objective, logit_losses
 
 
@@ -76,12 +77,13 @@ class Learner(nn.Module):
         hidden: Tensor,
         labels: Tensor,
         objective: Objective,
-        taught: Tensor | None = None,
+        taught: Tensor | TopK | None = None,
         count: Tensor | float | None = None,
     ) -> LogitLosses:
         """The losses of the student's last hidden states `[batch, seq, hidden]`, in chunks of tokens.
 
-        taught: the teacher's; without them only cross-entropy can be asked for. count: what sums are divided by.
+        taught: the teacher's, or what was kept of its distributions; without them only cross-entropy can be asked for.
+        count: what sums are divided by.
         """
         head = Head(self._heads[0], tuple(self.student.get_output_embeddings().parameters()))
         return logit_losses(hidden, head, taught, self._teacher_head, labels, objective, count=count)

@@ -21,6 +21,7 @@ from nestling.train.settings import TrainSettings
 
 IGNORE = -100
 COLUMNS = ("input_ids", "attention_mask", "labels")
+TAUGHT = ("teacher_indices", "teacher_log_probs", "teacher_rest")  # per token, from a cache of the teacher
 Row = Mapping[str, Tensor]
 
 
@@ -43,7 +44,7 @@ class Rows(torch.utils.data.Dataset):
         if number != self._pass:
             self._pass, self._order = number, self._ordered(number)
         row = self.source[int(self._order[place])]
-        return {name: torch.as_tensor(row[name]) for name in COLUMNS if name in row}
+        return {name: torch.as_tensor(row[name]) for name in (*COLUMNS, *TAUGHT) if name in row}
 
     def _ordered(self, number: int) -> Tensor:
         if number == 0 and not self.shuffle:
@@ -60,10 +61,10 @@ def rows_of(
     Raises `DataError` when there is no row, a row has fewer than two tokens, text comes without a tokenizer, or a
     tokenizer does not fit the vocabulary.
     """
-    shuffle = isinstance(data, datasets.Dataset)
+    shuffle = isinstance(data, datasets.Dataset) or getattr(data, "shuffle", False)
     if isinstance(data, (str, Path)):
         source = _text_rows(data, tokenizer, settings, vocab_size)
-    elif shuffle:
+    elif isinstance(data, (datasets.Dataset, torch.utils.data.Dataset)):
         source = data
     else:
         source = _batch_rows(data, settings)
@@ -89,7 +90,10 @@ def collate(vocab_size: int) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
                 f"the data holds token {int(ids.max())}, but the model's vocabulary has {vocab_size} tokens: "
                 f"tokenize it with the model's own tokenizer"
             )
-        return {"input_ids": ids, "attention_mask": mask, "labels": shifted(own, mask.bool())}
+        taught = {
+            name: torch.stack([_padded(row[name], width, 0) for row in rows]) for name in TAUGHT if name in rows[0]
+        }
+        return {"input_ids": ids, "attention_mask": mask, "labels": shifted(own, mask.bool()), **taught}
 
     return batch_of
 
@@ -142,4 +146,7 @@ def _check(source: Any) -> int:
 
 
 def _padded(values: Tensor, width: int, filler: int) -> Tensor:
-    return torch.nn.functional.pad(values.long(), (0, width - len(values)), value=filler)
+    """The first dimension filled up; whole numbers as int64."""
+    values = values if values.is_floating_point() else values.long()
+    around = (0, 0) * (values.dim() - 1)
+    return torch.nn.functional.pad(values, (*around, 0, width - len(values)), value=filler)

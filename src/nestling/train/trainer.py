@@ -108,7 +108,9 @@ class LearnerTrainer(Trainer):
         ours = {name.removeprefix(STUDENT): value for name, value in state.items() if name.startswith(STUDENT)}
         with quiet():
             self.learner.student.save_pretrained(folder, state_dict=ours)
-        save_file({name: value for name, value in state.items() if not name.startswith(STUDENT)}, folder / BESIDE)
+        # Tensors that are one and the same (tied embeddings) are written once; loading one sets both.
+        beside = {value.data_ptr(): name for name, value in reversed(state.items()) if not name.startswith(STUDENT)}
+        save_file({name: state[name].contiguous() for name in sorted(beside.values())}, folder / BESIDE)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         try:
