@@ -64,7 +64,7 @@ class Together(Pair):
         self.corrected = teacher
         self.rates = {"corrected": rate}
 
-    def taught(
+    def learned_from(
         self, inputs: dict[str, Any], labels: Tensor, count: Tensor | float | None
     ) -> tuple[Tensor, Tensor | None]:
         hidden = decoder(self.corrected)(**inputs).last_hidden_state

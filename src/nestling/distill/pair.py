@@ -70,7 +70,7 @@ class Pair(Learner):
             taught = TopK(teacher_indices, teacher_log_probs, teacher_rest)
         else:
             with catching(self._teacher_readers[0]) as taught_states:
-                taught, of_teacher = self.taught(inputs, labels, count)
+                taught, of_teacher = self.learned_from(inputs, labels, count)
         with catching(self._readers[0]) as states:
             hidden = decoder(self.student)(**inputs).last_hidden_state
         loss, apart, cross_entropy, each = self.logit_losses(hidden, labels, self.objective, taught, count)
@@ -86,7 +86,7 @@ class Pair(Learner):
             parts["teacher_ce"] = of_teacher.detach()
         return {"loss": loss, **parts}
 
-    def taught(
+    def learned_from(
         self, inputs: dict[str, Any], labels: Tensor, count: Tensor | float | None
     ) -> tuple[Tensor, Tensor | None]:
         """The teacher's last hidden states, and a loss of its own where it learns too."""
