@@ -5,6 +5,7 @@ from nestling.anatomy.anatomy import Anatomy, Place, TensorSpec
 from nestling.anatomy.declare import ARCHITECTURES, Architecture, Axis, Rescale, Routed, architecture_of, register
 from nestling.anatomy.head import decoder, logits_head
 from nestling.anatomy.per_layer import register_per_layer
+from nestling.anatomy.scan import suited_scans
 from nestling.experts import register_experts
 
 register_per_layer()
@@ -23,4 +24,5 @@ __all__ = [
     "decoder",
     "logits_head",
     "register",
+    "suited_scans",
 ]

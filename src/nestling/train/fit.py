@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_callback import PrinterCallback
 
 from nestling import processes
+from nestling.anatomy import suited_scans
 from nestling.errors import CheckpointError
 from nestling.train.callbacks import MetricsLog, ShowProgress, StopOnInterrupt
 from nestling.train.checkpoints import Seal, clear, fingerprint, newest
@@ -148,7 +149,8 @@ def _at_work(learner: Learner) -> Iterator[None]:
     student.requires_grad_(True)
     _move(student, torch.promote_types(dtype, torch.float32))
     try:
-        yield
+        with suited_scans(student), suited_scans(teacher) if teacher is not None else nullcontext():
+            yield
     finally:
         if teacher is not None:
             teacher.train(training)
