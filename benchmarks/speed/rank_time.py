@@ -2,8 +2,9 @@
 
 SmolLM2-135M in float32. Arms in turns within each round, in one process: `forward` is the model's plain forward pass
 with its logits, `backbone` the same without the head, `rank` is `nestling.rank` with its default metrics, `activation`
-with Minitron's. Memory is the high-water mark of a fresh process above the loaded model, ranking few and many tokens
-in batches of the same size. Linux only.
+with Minitron's. Time is the processor's (one thread), which other work on the machine stretches little; memory is the
+high-water mark of a fresh process above the loaded model, ranking few and many tokens in batches of the same size.
+Linux only.
 
     python benchmarks/speed/rank_time.py [--rounds 5] [--rows 4]
 """
@@ -43,6 +44,7 @@ def main() -> None:
     if chosen.memory:
         print(memory(chosen.memory))
         return
+    torch.set_num_threads(1)
     seconds = times(chosen.rounds, chosen.rows)
     peaks = {tokens: child(tokens) for tokens in (FEW, MANY)}
     rows = [
@@ -74,10 +76,10 @@ def times(rounds: int, rows: int) -> dict[str, list[float]]:
     taken: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(rounds + 1):
         for name in arms if turn % 2 == 0 else reversed(arms):
-            started = time.perf_counter()
+            started = time.process_time()
             arms[name]()
             if turn:
-                taken[name].append(round(time.perf_counter() - started, 3))
+                taken[name].append(round(time.process_time() - started, 3))
     return taken
 
 
@@ -108,7 +110,7 @@ def status(field: str) -> float:
 def ratio(seconds: dict[str, list[float]], arm: str, to: str) -> dict:
     """An arm's time over another's, round by round."""
     each = sorted(round(a / b, 3) for a, b in zip(seconds[arm], seconds[to], strict=True))
-    how = f"nestling.rank over the {to} pass on the same batches, median of {len(each)} rounds in turns; spread: rounds"
+    how = f"processor time of nestling.rank over that of the {to} pass on the same batches, {len(each)} rounds in turns"
     found = {"value": median(each), "spread": [each[0], each[-1]], "seeds": [SEED], "paper": None, "unit": "x"}
     return found | {"how": how}
 

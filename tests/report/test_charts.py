@@ -11,7 +11,7 @@ import pytest
 from nestling.report import colour
 from nestling.report.curve import curves, series, smooth, thin
 from nestling.report.picture import CELLS, Scale, Strip, axes, describe, layers, strip_svg
-from nestling.report.scatter import candidates, scatter
+from nestling.report.scatter import candidates, others, pareto, scatter
 from nestling.report.svg import plain, scaled, ticks
 from tests.report import runs
 
@@ -150,6 +150,24 @@ def test_every_mark_lies_inside_the_drawing(width):
         places += [(float(x), float(y)) for x, y in re.findall(r'cx="([\d.-]+)" cy="([\d.-]+)"', drawing)]
         assert len(places) > 5
         assert all(0 <= x <= box[2] and 0 <= y <= box[3] for x, y in places)
+
+
+def test_the_line_joins_what_no_other_shape_beats():
+    points = [(5.0, 1.0), (3.0, 2.0), (4.0, 2.0), (4.0, 1.5), (6.0, 1.0), (3.0, 3.0)]
+    front = pareto(points)
+    assert front == [(3.0, 2.0), (4.0, 1.5), (5.0, 1.0)]
+    for params, loss in points:
+        beaten = any(p <= params and q <= loss and (p, q) != (params, loss) for p, q in points)
+        assert ((params, loss) in front) != beaten
+
+
+def test_shapes_measured_on_the_way_are_drawn_but_not_listed():
+    measured = [{"shape": {"hidden_size": 500}, "params": 120e6, "loss": 3.1}]
+    summary = runs.summary() | {"measured": measured}
+    assert candidates(summary) == candidates(runs.summary())
+    drawn = scatter(candidates(summary) + others(summary), 400)
+    assert drawn.count("<circle") == scatter(candidates(summary), 400).count("<circle") + 1
+    assert 'class="front"' in drawn
 
 
 def test_candidates_are_ordered_by_loss_and_the_childs_shape_is_chosen():

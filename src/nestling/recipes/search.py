@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,20 @@ from typing import Any
 from rich.table import Table
 
 from nestling import processes
+from nestling.anatomy import Anatomy
 from nestling.cost import cost
 from nestling.distill import DistillSettings
 from nestling.ranking import Ranking
 from nestling.recipes.child import Origin, Parent
 from nestling.recipes.progress import Stages, console
-from nestling.recipes.run import Run, check_place, write_atomically
+from nestling.recipes.run import KeptFigures, Run, check_place, write_atomically
 from nestling.recipes.settings import ShapeSettings
 from nestling.recipes.shapes import checked
 from nestling.recipes.summary import heading
 from nestling.report import write_report
 from nestling.report.human import count, figure, quotient, ratio, size
-from nestling.search import Candidate, describe
+from nestling.search import Candidate, Pricing, describe
+from nestling.shape import Shape
 from nestling.train import documented
 
 
@@ -65,7 +68,7 @@ def search(settings: SearchSettings) -> dict[str, Any]:
         origin.ranking  # noqa: B018  made now, used by the search
     with stages(f"search a shape for {target}"):
         found = origin.search(target, run)
-    summary = run.values("summary.json", lambda: _summary(parent, settings, found))
+    summary = run.values("summary.json", lambda: _summary(parent, origin, settings, found))
     shape = file if file.suffix == ".json" else run.path("shape.json")
     write_atomically(shape, found[0].shape.save)
     report = processes.first(lambda: str(write_report(run.folder)))
@@ -74,7 +77,7 @@ def search(settings: SearchSettings) -> dict[str, Any]:
     return {"shape": found[0].shape.to_dict(), "file": str(shape), "candidates": [one.to_dict() for one in found]}
 
 
-def _summary(parent: Parent, settings: SearchSettings, found: list[Candidate]) -> dict[str, Any]:
+def _summary(parent: Parent, origin: Origin, settings: SearchSettings, found: list[Candidate]) -> dict[str, Any]:
     """What the report shows of a search."""
     whole = cost(parent.model, context=settings.cost_context, batch=settings.cost_batch)
     return heading(settings, settings.to, parent.model) | {
@@ -82,7 +85,19 @@ def _summary(parent: Parent, settings: SearchSettings, found: list[Candidate]) -
         "parent": {"name": str(settings.model), "cost": whole.to_dict()},
         "shape": found[0].shape.to_dict(),
         "candidates": [one.to_dict() for one in found],
+        "measured": list(_on_the_way(parent, origin, settings, {str(one.shape.to_dict()) for one in found})),
     }
+
+
+def _on_the_way(parent: Parent, origin: Origin, settings: SearchSettings, known: set[str]) -> Iterator[dict[str, Any]]:
+    """Uniform shapes that were cut and scored before the candidates, with their parameters: for the picture."""
+    pricing = Pricing(Anatomy.of(parent.model), ranking=origin.ranking)
+    for name, loss in KeptFigures(parent.run.path("losses.json")).items():
+        if "(" in name or " with " in name:
+            continue
+        shape = Shape() if name == describe({}) else Shape.parse(name)
+        if str(shape.to_dict()) not in known:
+            yield {"shape": shape.to_dict(), "params": pricing.cost(shape).params, "loss": loss}
 
 
 def _table(found: list[Candidate], whole: int) -> Table:

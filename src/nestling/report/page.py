@@ -25,7 +25,7 @@ from nestling.report.headline import headline
 from nestling.report.members import members
 from nestling.report.rows import compare
 from nestling.report.run import Run, items, mapping, number, words, write
-from nestling.report.scatter import candidates, fields, scatter
+from nestling.report.scatter import candidates, fields, others, scatter
 
 WIDE, NARROW = 960, 340
 
@@ -60,7 +60,7 @@ def render(run: Run) -> str:
             member_fields=list(dict.fromkeys(f for one in items(summary, "members") for f in mapping(one, "shape"))),
             candidates=tried,
             fields=fields(tried),
-            scatter=[Markup(scatter(tried, width)) for width in (WIDE // 2, NARROW)],
+            scatter=[Markup(scatter(tried + others(summary), width)) for width in (WIDE // 2, NARROW)],
             samples=[_sample(entry) for entry in items(summary, "samples") if mapping(entry)],
             command=words(summary, "command"),
             settings=run.settings,

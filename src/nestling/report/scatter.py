@@ -1,4 +1,4 @@
-"""The candidate shapes: parameters against calibration loss, with the chosen one marked."""
+"""The shapes that were tried: parameters against loss, the chosen one marked, the best trade-offs joined."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from nestling.report import human
 from nestling.report.picture import describe
 from nestling.report.run import finite, items, mapping
-from nestling.report.svg import Frame, element, padded, scaled
+from nestling.report.svg import Frame, element, line, padded, scaled
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,14 @@ def candidates(summary: Mapping[str, Any]) -> list[Candidate]:
     return sorted(found, key=lambda one: math.inf if one.loss is None else one.loss)
 
 
+def others(summary: Mapping[str, Any]) -> list[Candidate]:
+    """Shapes that were measured on the way to the candidates, such as each axis cut alone."""
+    entries = [entry for entry in items(summary, "measured") if mapping(entry)]
+    return [Candidate(mapping(one, "shape"), finite(one, "params"), finite(one, "loss"), False) for one in entries]
+
+
 def scatter(found: Sequence[Candidate], width: int) -> str:
-    """The candidates as points; empty if fewer than two can be placed."""
+    """The shapes as points, and a line through those that no other beats; empty if fewer than two can be placed."""
     placed = [(one, one.params, one.loss) for one in found if one.params is not None and one.loss is not None]
     if len(placed) < 2:
         return ""
@@ -49,8 +55,18 @@ def scatter(found: Sequence[Candidate], width: int) -> str:
     frame = Frame(width, 300 if width > 400 else 240, *ranges)
     chosen_last = sorted(placed, key=lambda entry: entry[0].chosen)
     marks = [_point(frame, *entry) for entry in chosen_last]
-    drawn = frame.axes("parameters", scaled) + "".join(marks)
+    front = line([frame.at(*point) for point in pareto([(params, loss) for _, params, loss in placed])], class_="front")
+    drawn = frame.axes("parameters", scaled) + front + "".join(marks)
     return frame.draw(drawn, "loss of the candidate shapes over their parameters", class_="chart")
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (parameters, loss) those with no other that is smaller in one and not larger in the other, smallest first."""
+    front: list[tuple[float, float]] = []
+    for params, loss in sorted(set(points)):
+        if not front or loss < front[-1][1]:
+            front.append((params, loss))
+    return front
 
 
 def fields(found: Sequence[Candidate]) -> list[str]:
