@@ -28,6 +28,8 @@ from nestling.errors import NestlingError
 # connections and by the launcher; this only bounds a job that hangs.
 PATIENCE = timedelta(hours=6)
 
+BROKEN = ("connection", "broken pipe", "nccl", "socket", "peer")  # words of torch's errors
+
 T = TypeVar("T")
 _alone = False
 
@@ -108,6 +110,16 @@ def tensors(make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
     if count() == 1:
         return dict(make())
     return tensors_of(_from_first(lambda: bytes_of({name: t.cpu().contiguous() for name, t in make().items()})))
+
+
+def connection_broke(error: BaseException) -> bool:
+    """Whether a collective call failed because a process at its other end is gone."""
+    if count() == 1:
+        return False
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in text for word in BROKEN)
+    )
 
 
 def _from_first(make: Callable[[], bytes]) -> bytes:

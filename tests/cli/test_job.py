@@ -9,12 +9,14 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nestling import hub, processes
 from nestling.cli import main
 from nestling.cli.job import LOST, Job
 from nestling.ranking import Ranking
 from tests.data import toy
+from tests.distill import worker
 from tests.models import tiny
 from tests.several import outcomes, together
 
@@ -34,7 +36,8 @@ def called(arguments):
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     (folder / "text.txt").write_text("".join(toy.TEXT) * 20)
-    hub.save(tiny("llama", vocab_size=toy.VOCAB), folder / "parent", toy.tokenizer())
+    for seed, name in enumerate(("parent", "teacher")):
+        hub.save(tiny("llama", seed=seed, vocab_size=toy.VOCAB), folder / name, toy.tokenizer())
     return folder
 
 
@@ -65,6 +68,34 @@ def test_a_refused_input_is_one_sentence_once(model, tmp_path):
     (code, printed), silent = together(2, tmp_path, called, ["rank"])
     assert (code, silent) == (2, (2, ""))
     assert printed
+
+
+def distill_command(place, out):
+    settings = {"steps": 6, "context": 12, "batch_size": 4, "save_every": 2, "learning_rate": 1e-2}
+    given = [part for name, value in settings.items() for part in (f"--distill.{name}", str(value))]
+    data = ["--data", str(place / "text.txt"), "--dtype", "float64"]
+    parent = str(place / "parent")
+    return ["distill", parent, "--teacher", str(place / "teacher"), "--out", str(out), *data, *given]
+
+
+def dying(arguments):
+    """The second process is killed in its fifth step."""
+    if not processes.is_first():
+        worker._signal_in_step(5, signal.SIGKILL)
+    return called(arguments)
+
+
+def test_a_killed_worker_ends_the_run_which_goes_on(model, tmp_path, capfd):
+    """One sentence and exit code 1 in the other process; the same command again ends as if nothing had been."""
+    command = distill_command(model, tmp_path / "run")
+    (code, (left, _)), (killed, _) = outcomes(2, tmp_path, dying, command)
+    assert (code, left, killed) == (0, 1, -signal.SIGKILL)
+    assert capfd.readouterr().err.count(LOST) == 1
+    assert not (tmp_path / "run/model").exists()
+    assert [code for code, _ in together(2, tmp_path, called, command)] == [0, 0]
+    assert called(distill_command(model, tmp_path / "one"))[0] == 0
+    found, expected = (load_file(tmp_path / name / "model/model.safetensors") for name in ("run", "one"))
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
 def left_alone(file, end):

@@ -61,13 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = f"'{error.filename}'" if error.filename else "a file"
         return _refuse(job, f"{what} cannot be written or read ({error.strerror}): make room, or mend its rights")
     except KeyboardInterrupt:
-        job.say("nestling: interrupted; run the same command again to continue")
-        return 130
+        return job.say("nestling: interrupted; run the same command again to continue", 130)
 
 
 def _refuse(job: Job, sentence: str) -> int:
-    job.say(f"nestling: {' '.join(sentence.split())}")
-    return 2
+    return job.say(f"nestling: {' '.join(sentence.split())}", 2)
 
 
 def _run(arguments: list[str]) -> int:

@@ -24,7 +24,6 @@ from nestling import processes
 
 LOST = "nestling: a process of this job was lost; run the same command again to go on from its last checkpoint"
 GRACE_S = 5  # how long processes wait for each other before they leave
-BROKEN = ("connection", "broken pipe", "nccl", "socket", "peer")
 
 
 class Job:
@@ -34,6 +33,7 @@ class Job:
         self.several = processes.count() > 1
         self._store: Any = None
         self._end: Any = None
+        self._code = 1  # to leave with when the launcher ends this process
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -53,24 +53,26 @@ class Job:
                 self._leave_together()
                 raise
             except Exception as error:
-                if not _connection_broke(error):
+                if not processes.connection_broke(error):
                     raise
                 silence.close()
                 self._say_lost()
                 raise SystemExit(1) from None
 
-    def say(self, sentence: str) -> None:
-        """Print a sentence on stderr, once for all processes that have come to it, and let all leave together."""
+    def say(self, sentence: str, code: int) -> int:
+        """Print a sentence on stderr, once for all processes that have come to it; returns the code to leave with."""
+        self._code = code
         if self._store is None:
             print(sentence, file=sys.stderr, flush=True)
-            return
+            return code
         if processes.is_first():
             print(sentence, file=sys.stderr, flush=True)
             self._store.set("said", "yes")
         elif not self._told():
             print(f"{sentence} (process {processes.number()})", file=sys.stderr, flush=True)
-            return
+            return code
         self._leave_together()
+        return code
 
     def _told(self) -> bool:
         """Whether the first process has come to say it too."""
@@ -100,7 +102,7 @@ class Job:
         while signal.SIGTERM not in reader.recv(1):
             pass
         self._say_lost()
-        os._exit(1)
+        os._exit(self._code)
 
     def _say_lost(self) -> None:
         """Whichever process finds out first says it; where even that cannot be known, this one does."""
@@ -110,13 +112,3 @@ class Job:
             heard = False
         if not heard:
             print(LOST, file=sys.__stderr__, flush=True)
-
-
-def _connection_broke(error: Exception) -> bool:
-    """Whether a collective call failed because a process at its other end is gone."""
-    from torch import distributed
-
-    if isinstance(error, distributed.DistError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(word in text for word in BROKEN)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nestling import hub, processes
@@ -44,10 +44,12 @@ def distill_model(settings: DistillVerb) -> dict[str, Any]:
     """Train the student, or go on with it; returns where the model is."""
     if settings.teacher is None:
         raise NestlingError("distill needs a model to learn from: give --teacher, such as the model that was pruned")
-    student, tokenizer = load(settings, settings.student)
+    # Whole models that are to be sharded may not fit on one device.
+    where = replace(settings, device=settings.device or "cpu") if settings.distill.fsdp else settings
+    student, tokenizer = load(where, settings.student)
     teacher = None
     if tokenizer is None or not _served(settings):
-        source = Source.open(settings, "teacher")
+        source = Source.open(where, "teacher")
         teacher, tokenizer = source.model, tokenizer or source.tokenizer
     run = Run("distill", settings, settings.out, settings.overwrite)
     target = run.path("model")

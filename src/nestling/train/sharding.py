@@ -161,7 +161,10 @@ def save_shards(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer
     (folder / SHARDS).mkdir(parents=True, exist_ok=True)
     state = _weights(learner) | _tensors_of("optimizer", _optimizer_state(learner, optimizer))
     writer = checkpoint.HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True)
-    checkpoint.save(state, storage_writer=writer)
+    try:
+        checkpoint.save(state, storage_writer=writer)
+    except checkpoint.CheckpointException as error:  # no Exception: nobody else would take it for one
+        raise OSError(f"a process cannot write its shards: {error.failures}") from error
 
 
 def load_weights(folder: Path, learner: Learner) -> None:

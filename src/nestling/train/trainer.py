@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
+from nestling import processes
 from nestling.errors import CheckpointError, NestlingError
 from nestling.hub.quiet import quiet
 from nestling.train.learner import Learner
@@ -116,6 +117,8 @@ class LearnerTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            if processes.connection_broke(error):
+                raise
             raise CheckpointError(
                 f"the checkpoint of step {self.state.global_step} cannot be written to '{self.args.output_dir}' "
                 f"({error}): make room, or set save_every to 0"
