@@ -42,6 +42,9 @@ VERBS = {
     "elastic train": ("elastic", "ElasticTrain", "elastic_train", "many nested members in one training run"),
     "elastic extract": ("elastic", "ElasticExtract", "elastic_extract", "one member as a checkpoint of its own"),
     "elastic inspect": ("elastic", "ElasticInspect", "elastic_inspect", "a family's members, costs and shapes"),
+    "dmc retrofit": ("dmc", "RetrofitVerb", "retrofit_model", "teach a model to share slots of its KV cache"),
+    "dmc show": ("dmc", "ShowVerb", "show", "which tokens of a text share a slot"),
+    "dmc eval": ("dmc", "DmcEval", "dmc_eval", "perplexity and tokens per slot of a compressed cache"),
     "report": ("report", "ReportSettings", "report", "write the page of a finished run anew"),
 }
 

@@ -8,7 +8,7 @@ from nestling.dmc.runtime.gates import Gates
 from nestling.dmc.runtime.modeling import recording
 from nestling.dmc.runtime.slots import SlotLayer
 from nestling.dmc.settings import RetrofitSettings
-from nestling.dmc.store import cache_bytes, load_cache, save_cache
+from nestling.dmc.store import cache_bytes, load_cache, save_cache, slot_layers
 
 register()
 
@@ -26,4 +26,5 @@ __all__ = [
     "recording",
     "retrofit",
     "save_cache",
+    "slot_layers",
 ]

@@ -73,6 +73,11 @@ def _layer(kind: dict[str, int], found: dict[str, Tensor]) -> DynamicLayer | Slo
     return layer
 
 
+def slot_layers(cache: DynamicCache) -> list[SlotLayer]:
+    """The compressed layers of a cache."""
+    return [layer for layer in cache.layers if isinstance(layer, SlotLayer)]
+
+
 def cache_bytes(cache: DynamicCache) -> int:
     """Bytes that a cache holds, whatever its layers are; of a compressed one with running sums and tables."""
     total = 0

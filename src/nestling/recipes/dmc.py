@@ -1,0 +1,214 @@
+"""`nestling dmc retrofit`, `show` and `eval`: a model that learns to merge, what it merges, and what that costs.
+
+A retrofit keeps its stages in one run folder (checkpoints, model/, measured.json, report.html), so an interrupted job
+goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from nestling import data, dmc, evaluate, hub
+from nestling.dmc import RetrofitSettings
+from nestling.dmc.show import Merges, merges
+from nestling.errors import NestlingError
+from nestling.recipes.progress import Stages, bar, console
+from nestling.recipes.run import Run, write_atomically
+from nestling.recipes.settings import ModelSettings
+from nestling.recipes.source import Source
+from nestling.report.slots import slots_page
+from nestling.train import documented
+
+
+@documented
+@dataclass
+class RetrofitVerb(ModelSettings):
+    """Settings of `dmc retrofit`.
+
+    Args:
+        model: Hub id, folder, GGUF file, or builtin:smollm2-135m-instruct.
+        ratio: Tokens per slot that the cache shall reach; goes before train.ratio.
+        data: Training text: hub dataset, local file or folder, or builtin:stdlib.
+        out: Run folder; metrics, checkpoints and the model go there.
+        train: Settings of the retrofit.
+        evaluation_tokens: Tokens of the validation part on which ratio and perplexity are measured.
+        overwrite: Start anew even if the run folder holds a run.
+    """
+
+    model: str
+    ratio: float = 4.0
+    data: str = "builtin:stdlib"
+    out: str = "runs/dmc"
+    train: RetrofitSettings = field(default_factory=RetrofitSettings)
+    evaluation_tokens: int = 8192
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        self.train = dataclasses.replace(self.train, ratio=self.ratio)
+
+
+@documented
+@dataclass
+class ShowVerb(ModelSettings):
+    """Settings of `dmc show`.
+
+    Args:
+        model: Folder of a model that `dmc retrofit` made.
+        text: Text to look at.
+        layer: Show this layer only.
+        head: Show this head of each layer only.
+        out: HTML file for all layers and heads; none unless given.
+    """
+
+    model: str
+    text: str
+    layer: int | None = None
+    head: int | None = None
+    out: str = ""
+
+
+@documented
+@dataclass
+class DmcEval(ModelSettings):
+    """Settings of `dmc eval`.
+
+    Args:
+        model: Folder of a model that `dmc retrofit` made.
+        data: Text: hub dataset, local file or folder, or builtin:stdlib.
+        split: Part of the text: validation, train or all.
+        tokens: Tokens to measure on.
+        context: Tokens per window.
+    """
+
+    model: str
+    data: str = "builtin:stdlib"
+    split: str = "validation"
+    tokens: int = 8192
+    context: int = 512
+
+
+def retrofit_model(settings: RetrofitVerb) -> dict[str, Any]:
+    """Retrofit the model, or go on with it; returns its measures. Raises a `NestlingError` before any long work."""
+    source = Source.open(settings)
+    if dmc.is_converted(source.model):
+        raise NestlingError(f"the cache of '{settings.model}' is compressed already: start from the stock model")
+    run = Run("dmc retrofit", settings, settings.out, settings.overwrite)
+    stages, context = Stages(3), settings.train.context
+    with stages("measure the model as it is"):
+        before = run.values("before.json", lambda: _perplexity(source, settings.data, settings, context))
+    target = run.path("model")
+    with stages(f"retrofit to {settings.ratio:g} tokens per slot"):
+        if not target.exists():
+            dmc.retrofit(source.model, settings.data, source.tokenizer, settings.train, run_dir=run.folder)
+            found = dmc.measure(source.model, _batches(source, settings.data, "validation", settings, context))
+            source.model.config.dmc["measured"] = found.to_dict()
+            hub.save(source.model, target, source.tokenizer)
+    with stages("measure the model as it became"):
+        result = run.values("measured.json", lambda: _measured(settings, str(target), before))
+    run.write("report.html", _page(str(target), result["compression"]))
+    console.print(_summary(result))
+    console.print(f"model: {target}")
+    return {"model": str(target), **result}
+
+
+def show(settings: ShowVerb) -> dict[str, Any]:
+    """Print the text cut where slots begin, and write a page if asked to."""
+    source = Source.open(settings)
+    found = merges(source.model, source.tokenizer, settings.text)
+    for layer, head in _places(found, settings):
+        slots = " [bold blue]|[/] ".join(escape(slot.replace("\n", "⏎")) for slot in found.slots(layer, head))
+        console.print(f"[dim]layer {layer}, head {head}, {found.ratio(layer, head):.2f} tokens per slot[/]\n  {slots}")
+    console.print(f"{found.whole:.2f} tokens per slot over {len(found.tokens)} tokens")
+    if settings.out:
+        texts = {place: found.slots(*place) for place in _places(found, settings)}
+        opened = found.opened.items()
+        ratios = {layer: [found.ratio(layer, head) for head in range(len(heads))] for layer, heads in opened}
+        page = slots_page(f"{settings.model}: which tokens share a slot", ratios, texts=texts)
+        write_atomically(Path(settings.out), lambda path: path.write_text(page, encoding="utf-8"))
+        console.print(f"page: {settings.out}")
+    return {"ratio": found.whole, "tokens": len(found.tokens), "page": settings.out or None}
+
+
+def dmc_eval(settings: DmcEval) -> dict[str, Any]:
+    """Perplexity with the decisions of decoding, tokens per slot, and bytes of the cache after a window."""
+    source = Source.open(settings)
+    found = dmc.measure(source.model, _batches(source, settings.data, settings.split, settings, settings.context))
+    loss = _perplexity(source, settings.data, settings, settings.context, settings.split)
+    result = {"perplexity": loss["perplexity"], "compression": found.to_dict()} | _cached(source, settings)
+    console.print(_summary(result))
+    return result
+
+
+def _measured(settings: RetrofitVerb, target: str, before: dict[str, float]) -> dict[str, Any]:
+    source = Source.open(dataclasses.replace(settings, model=target))
+    after = _perplexity(source, settings.data, settings, settings.train.context)
+    compression = source.model.config.dmc["measured"]
+    return {"perplexity": after["perplexity"], "perplexity_before": before["perplexity"], "compression": compression}
+
+
+def _perplexity(source: Source, text: str, settings: Any, context: int, split: str = "validation") -> dict[str, float]:
+    tokens = getattr(settings, "evaluation_tokens", 0) or settings.tokens
+    with bar("perplexity", tokens) as advance:
+        found = evaluate.perplexity(
+            source.model, source.tokenizer, text, context=context, tokens=tokens, split=split, progress=advance
+        )
+    return {"perplexity": found.value, "loss": found.loss}
+
+
+def _batches(source: Source, text: str, split: str, settings: Any, context: int) -> Iterator[dict[str, Tensor]]:
+    tokens = getattr(settings, "evaluation_tokens", 0) or settings.tokens
+    parts = data.batches(text, source.tokenizer, context=context, tokens=tokens, batch_size=4, split=split)
+    with bar("tokens per slot, batches", len(parts)) as advance:
+        for part in parts:
+            yield part
+            advance(1)
+
+
+def _cached(source: Source, settings: DmcEval) -> dict[str, int]:
+    """Bytes of the cache that one window leaves, beside those of a full one."""
+    options: Any = {"context": settings.context, "tokens": settings.context, "split": settings.split}
+    ids = data.batches(settings.data, source.tokenizer, **options)[0]["input_ids"][:1]
+    with torch.no_grad():
+        cache = source.model(input_ids=ids.to(source.model.device), use_cache=True).past_key_values
+    item = source.model.dtype.itemsize
+    full = sum(2 * layer.length.shape[1] * layer.keys.shape[-1] * item for layer in dmc.slot_layers(cache))
+    return {"cache_bytes": dmc.cache_bytes(cache), "full_cache_bytes": full * ids.shape[1]}
+
+
+def _places(found: Merges, settings: ShowVerb) -> list[tuple[int, int]]:
+    places = [(layer, head) for layer, heads in found.opened.items() for head in range(len(heads))]
+    chosen = [p for p in places if settings.layer in (None, p[0]) and settings.head in (None, p[1])]
+    if not chosen:
+        layers = ", ".join(map(str, found.opened))
+        raise NestlingError(f"there is no layer {settings.layer} with a head {settings.head}: layers are {layers}")
+    return chosen
+
+
+def _page(model: str, measured: dict[str, Any]) -> str:
+    ratios = dict(zip(measured["layers"], measured["by_head"], strict=True))
+    return slots_page(f"{model}: {measured['ratio']:.2f} tokens per slot", ratios, measured["by_position"])
+
+
+def _summary(result: dict[str, Any]) -> Table:
+    measured = result["compression"]
+    table = Table(title="compressed cache", title_justify="left", box=None, pad_edge=False)
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    if "perplexity_before" in result:
+        table.add_row("perplexity before", f"{result['perplexity_before']:.3f}")
+    table.add_row("perplexity", f"{result['perplexity']:.3f}")
+    table.add_row("tokens per slot", f"{measured['ratio']:.2f}")
+    for layer, ratio in zip(measured["layers"], measured["by_layer"], strict=True):
+        table.add_row(f"  layer {layer}", f"{ratio:.2f}")
+    if "cache_bytes" in result:
+        table.add_row("cache, bytes", f"{result['cache_bytes']:,} of {result['full_cache_bytes']:,}")
+    return table

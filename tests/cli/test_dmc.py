@@ -1,0 +1,45 @@
+"""The verbs of compressed caches on a tiny checkpoint: retrofit, go on with it, show, evaluate, refuse."""
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from nestling import dmc
+from nestling.cli import main
+from tests.cli.workplace import run
+
+TRAIN = [
+    *("--data", "text.jsonl", "--evaluation_tokens", 64, "--train.steps", 12, "--train.batch_size", 2),
+    *("--train.context", 32, "--train.save_every", 5, "--train.learning_rate", 0.02, "--train.gain", 5),
+]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_retrofit_show_and_eval(place, capsys):
+    made = run(capsys, "dmc", "retrofit", "m", "--ratio", 3, "--out", "run", *TRAIN)
+    assert made["compression"]["ratio"] > 1
+    model = AutoModelForCausalLM.from_pretrained("run/model")
+    assert model.config.dmc["keep"] == 0
+    assert model.config.dmc["measured"] == made["compression"]
+    assert "by layer and head" in (place / "run/report.html").read_text()
+    assert run(capsys, "dmc", "retrofit", "m", "--ratio", 3, "--out", "run", *TRAIN) == made
+    shown = run(capsys, "dmc", "show", "run/model", "some words to look at", "--out", "page.html")
+    assert shown["ratio"] >= 1
+    assert "layer 0, head 0" in (place / "page.html").read_text()
+    found = run(capsys, "dmc", "eval", "run/model", "--data", "text.jsonl", "--context", 32, "--tokens", 64)
+    assert found["perplexity"] == pytest.approx(made["perplexity"], rel=0.2)
+    assert found["cache_bytes"] > 0
+    assert dmc.is_converted(model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("show", "m", "words"), "not compressed"),
+        (("eval", "m", "--data", "text.jsonl", "--context", "32", "--tokens", "64"), "not compressed"),
+        (("retrofit", "m", "--data", "text.jsonl", "--ratio", "0.5"), "ratio 0.5"),
+        (("retrofit", "m", "--data", "text.jsonl", "--train.free_part", "0.9"), "less than 1 together"),
+    ],
+)
+def test_refusals_are_sentences(place, capsys, arguments, says):
+    assert main(["dmc", *arguments]) == 2
+    assert says in " ".join(capsys.readouterr().err.split())

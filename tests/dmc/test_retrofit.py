@@ -1,0 +1,116 @@
+"""A retrofit: its three stages, what its loss asks for, and a run that is interrupted."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from nestling import dmc
+from nestling.anatomy.anatomy import Anatomy
+from nestling.anatomy.attention import last_channel, sites
+from nestling.dmc.learner import Retrofit, merged_part
+from nestling.dmc.settings import RetrofitSettings
+from nestling.dmc.show import Merges
+from nestling.errors import NestlingError
+from tests.dmc.models import merging
+from tests.models import logits, tiny, token_batches
+
+SETTINGS = {"ratio": 3.0, "batch_size": 2, "learning_rate": 5e-3, "warmup": 0.0}
+
+
+def learner(**changes):
+    plain = {"free_part": 0.25, "settle_part": 0.25, "kd_weight": 0, "ce_weight": 1}
+    return Retrofit(dmc.convert(tiny("llama")), None, RetrofitSettings(**(SETTINGS | plain | changes)))
+
+
+def test_stages():
+    at = learner()
+    seen = []
+    for step in range(8):
+        at.begin(step, 8)
+        seen.append((round(at.student.config.dmc["keep"], 3), round(1 / (1 - at.goal), 3)))
+    assert [keep for keep, _ in seen] == [1.0, 0.375, 0, 0, 0, 0, 0, 0]
+    assert [ratio for _, ratio in seen] == [1, 1, 1.5, 2, 2.5, 3, 3, 3]
+    anatomy = Anatomy.of(at.student)
+    for name, rows in last_channel(anatomy, sites(anatomy)[0]).items():
+        assert not at.student.state_dict()[name][rows].any()
+
+
+def test_the_loss_asks_for_the_ratio_from_one_side_only():
+    at = learner()
+    at.begin(7, 8)
+    at.student.train()
+    ids = token_batches(1)[0]["input_ids"]
+    labels = torch.roll(ids, -1, 1)
+    dmc.free(at.student)
+    weight = at.student.get_submodule("model.layers.0.self_attn.k_proj").weight
+    gradients = []
+    for goal in (0.0, 0.9):
+        at.goal = goal
+        torch.manual_seed(0)
+        at.zero_grad()
+        at(ids, labels)["loss"].backward()
+        gradients.append(weight.grad[7].clone())
+    assert (gradients[0] - gradients[1]).abs().max() > 0
+    at.goal = 0.0
+    with dmc.recording(at.student) as decisions:
+        logits(at.student.eval(), ids)
+    assert merged_part(decisions).tolist() == [0, 0]
+
+
+def test_pressure_follows_the_shortfall():
+    at = learner(gain=2.0)
+    at.begin(2, 8)  # frees the channel, so nothing merges yet
+    at.begin(7, 8)
+    ids = token_batches(1)[0]["input_ids"]
+    before = at.pressure.item()
+    at(ids, torch.roll(ids, -1, 1))
+    assert at.pressure.item() == pytest.approx(before + 2 * (2 / 3))
+    assert "pressure" in at.state_dict()
+
+
+def test_an_interrupted_run_ends_at_the_same_weights(tmp_path):
+    data, options = token_batches(8, seq=10), {"steps": 6, "save_every": 3, "kd_weight": 1.0} | SETTINGS
+    whole = dmc.retrofit(tiny("llama", dtype=torch.float32), data, run_dir=tmp_path / "whole", **options)
+    twice = tiny("llama", dtype=torch.float32)
+    stop = _Stopping(data, after=4)
+    with pytest.raises(KeyboardInterrupt):
+        dmc.retrofit(twice, stop.batches(), run_dir=tmp_path / "twice", **options)
+    again = dmc.retrofit(tiny("llama", dtype=torch.float32), data, run_dir=tmp_path / "twice", **options)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+class _Stopping:
+    """Batches as before, and an interrupt at the end of a step."""
+
+    def __init__(self, data, after):
+        self.data, self.after = data, after
+
+    def batches(self):
+        steps = iter(range(self.after))
+        begin = Retrofit.begin
+
+        def stopping(self, step, total):
+            if next(steps, None) is None:
+                Retrofit.begin = begin
+                raise KeyboardInterrupt
+            begin(self, step, total)
+
+        Retrofit.begin = stopping
+        return self.data
+
+
+def test_settings_that_cannot_work_are_refused():
+    for wrong in ({"ratio": 0.5}, {"free_part": 0.6, "settle_part": 0.5}, {"gain": -1.0}, {"kd_weight": 0.0}):
+        with pytest.raises(NestlingError):
+            dataclasses.replace(RetrofitSettings(), **wrong)
+    with pytest.raises(NestlingError, match="already"):
+        dmc.retrofit(merging(), token_batches(1))
+
+
+def test_slots_of_a_text():
+    found = Merges(("a", "b", "c", "d"), {2: ((True, False, True, False), (True, True, True, True))})
+    assert found.slots(2, 0) == ["ab", "cd"]
+    assert found.ratio(2, 0) == 2
+    assert found.whole == pytest.approx(8 / 6)
