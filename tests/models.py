@@ -48,6 +48,16 @@ HYBRID = {
 
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 14}
 LOCAL_EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 14}
+GROUPED = {
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+    "head_dim": 10,
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 14,
+    "moe_shared_expert_intermediate_size": 11,
+}
 LATENT = {
     "n_routed_experts": 8,
     "n_group": 2,
@@ -123,6 +133,17 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         HYBRID
         | {"head_dim": 12, "use_bias": True, "mlp_bias": True, "attention_bias": True, "tie_word_embeddings": True},
     ),
+    "nemotron_h-moe": ("nemotron_h", HYBRID | GROUPED),
+    "nemotron_h-latent": ("nemotron_h", HYBRID | GROUPED | {"moe_latent_size": 20, "mlp_bias": True}),
+    "granitemoehybrid-moe": (
+        "granitemoehybrid",
+        PARALLEL
+        | LOCAL_EXPERTS
+        | {
+            "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+            "shared_intermediate_size": 44,
+        },
+    ),
     "mixtral": ("mixtral", LOCAL_EXPERTS | {"head_dim": 12}),
     "qwen3_moe": ("qwen3_moe", EXPERTS | {"norm_topk_prob": True, "mlp_only_layers": [1]}),
     "qwen3_moe-pre": ("qwen3_moe", EXPERTS | {"decoder_sparse_step": 2, "tie_word_embeddings": True}),
@@ -132,6 +153,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "deepseek_v3": ("deepseek_v3", LATENT | {"q_lora_rank": None}),
     "deepseek_v3-latent": ("deepseek_v3", LATENT | {"q_lora_rank": 20, "n_group": 1, "num_experts_per_tok": 3}),
 }
+HYBRID_MOE = ("nemotron_h-moe", "nemotron_h-latent", "granitemoehybrid-moe")
 MOE = ("mixtral", "qwen3_moe", "qwen3_moe-pre", "olmoe", "granitemoe", "gpt_oss", "deepseek_v3", "deepseek_v3-latent")
 
 
@@ -210,6 +232,8 @@ def cuts(variant: str) -> list[dict]:
         ]
     if variant in MOE:
         return moe_cuts(variant)
+    if variant in HYBRID_MOE:
+        return hybrid_moe_cuts(variant)
     some, few = MAMBA_CUTS.get(VARIANTS[variant][0], ({}, {}))
     ffn = "shared_intermediate_size" if variant == "granitemoehybrid" else "intermediate_size"
     whole = few.get("mamba_n_heads") == 6  # heads times channels stay a multiple of the hidden size
@@ -260,4 +284,27 @@ def moe_cuts(variant: str) -> list[dict]:
         {"num_hidden_layers": 2, experts: 2, width: 8} | hidden,
         {"num_key_value_heads": 1} | ({"hidden_size": 24} if variant == "olmoe" else {}),
         *([{"intermediate_size": 30}] if variant.startswith("qwen3_moe") else []),
+    ]
+
+
+def hybrid_moe_cuts(variant: str) -> list[dict]:
+    """As `cuts`, for hybrids with experts."""
+    if variant.startswith("granite"):  # heads times channels stay a multiple of the hidden size
+        some = {"hidden_size": 36, "mamba_n_heads": 6, "mamba_d_head": 6, "mamba_d_state": 4}
+        experts, width, shared = "num_local_experts", "intermediate_size", {"shared_intermediate_size": 30}
+        narrow = {"hidden_size": 32}
+    else:
+        some = {"hidden_size": 36, "mamba_num_heads": 4, "mamba_head_dim": 7, "ssm_state_size": 3}
+        experts, width, shared = "n_routed_experts", "moe_intermediate_size", {"moe_shared_expert_intermediate_size": 7}
+        narrow = {"hidden_size": 32}
+    return [
+        {experts: 4},
+        narrow,
+        {width: 8},
+        {experts: 4, width: 5},
+        {"num_hidden_layers": 3},
+        {"num_attention_heads": 4},
+        {"num_hidden_layers": 3, experts: 4, width: [10, 12, 6], "num_attention_heads": 4} | some | shared,
+        {"num_hidden_layers": 2, experts: 4, width: 8, "num_key_value_heads": 1},
+        shared,
     ]

@@ -45,14 +45,19 @@ def main() -> None:
             name = f"{chosen.size}-{chosen.steps}/{arm.replace(' ', '-')}-{seed}"
             make = lambda arm=arm, seed=seed: fresh(chosen.work, chosen.size, seed, ARMS[arm])  # noqa: E731
             rows.append({"arm": arm, **trained(chosen.work, name, make, chosen.steps, seed, RATE)})
+            conclude(rows, chosen.seeds)
     show(rows)
+
+
+def conclude(rows: list[dict], seeds: list[int]) -> None:
+    """Write what is known so far: after every run, so that an interrupted benchmark leaves its figures."""
     done = {(row["arm"], row["seed"]): row for row in rows}
     claims = {}
     for multiple, pair in PAIRS.items():
-        seeds = [seed for seed in chosen.seeds if all((arm, seed) in done for arm in pair)]
-        if seeds:
-            claims |= compared(multiple, [tuple(done[arm, seed] for arm in pair) for seed in seeds], seeds)
-    write("fine_grained", rows, claims, chosen.seeds)
+        both = [seed for seed in seeds if all((arm, seed) in done for arm in pair)]
+        if both:
+            claims |= compared(multiple, [(done[pair[0], seed], done[pair[1], seed]) for seed in both], both)
+    write("fine_grained", rows, claims, seeds)
 
 
 def compared(multiple: str, pairs: list[tuple[dict, dict]], seeds: list[int]) -> dict[str, dict]:

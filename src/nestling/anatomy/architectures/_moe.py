@@ -12,12 +12,16 @@ EXPERTS = {
 }
 
 
-def expert_axes(experts: str, width: str, at: str = "mlp") -> tuple[Axis, ...]:
-    """Experts, and neurons in them, by the config fields that hold their sizes; `at` is the block they are in."""
+def expert_axes(experts: str, width: str, at: str = "mlp", groups: tuple[str, ...] = ()) -> tuple[Axis, ...]:
+    """Experts, and neurons in them, by the config fields that hold their sizes.
+
+    at: the block they are in. groups: letter of the groups that experts are in, of which each keeps as many.
+    """
     read = (f"{at}.experts.down_proj",)
+    inside = (*groups, "experts")
     return (
-        Axis("experts", experts, active="num_experts_per_tok", scored_at=read),
-        Axis("neuron", width, within=("experts",), counts_all=False, scored_at=read, metric="relative"),
+        Axis("experts", experts, within=groups, active="num_experts_per_tok", scored_at=read),
+        Axis("neuron", width, within=inside, counts_all=False, scored_at=read, metric="relative"),
     )
 
 

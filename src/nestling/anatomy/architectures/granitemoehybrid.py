@@ -1,4 +1,4 @@
-"""Granite 4: Mamba-2 or attention in every layer, each followed by a gated MLP that is shared by all tokens.
+"""Granite 4: Mamba-2 or attention in every layer, each followed by a gated MLP for all tokens, and maybe experts.
 
 As in Mamba-2 itself, heads times channels must be a whole multiple of the hidden size.
 """
@@ -15,13 +15,15 @@ from nestling.anatomy.architectures._dense import (
 from nestling.anatomy.architectures._dense import axes as dense_axes
 from nestling.anatomy.architectures._mamba2 import RECENT, STATE, expand, tensors
 from nestling.anatomy.architectures._mamba2 import axes as mamba_axes
-from nestling.anatomy.declare import Architecture, Config, register
+from nestling.anatomy.architectures._moe import expert_axes, routed_tensors
+from nestling.anatomy.declare import Architecture, Config, Routed, register
 
 
 def blocks(config: Config, layer: int) -> tuple[str, ...]:
-    """A layer's blocks: norms, the shared MLP, and a mixer of its kind."""
+    """A layer's blocks: norms, the shared MLP, a mixer of its kind, and experts where the config has any."""
     attends = config.layer_types[layer] == "full_attention"
-    return ("norms", "attention" if attends else "mamba", "mlp")
+    experts = ("moe",) if config.num_local_experts else ()
+    return ("norms", "attention" if attends else "mamba", "mlp", *experts)
 
 
 register(
@@ -36,6 +38,7 @@ register(
                 neurons="shared_intermediate_size",
             ),
             *mamba_axes("mamba", "mamba_n_heads", "mamba_d_head", "mamba_d_state"),
+            *expert_axes("num_local_experts", "intermediate_size", at="block_sparse_moe"),
         ),
         sizes=SIZES | {"g": "mamba_n_groups", "k": "mamba_d_conv"},
         tensors=MODEL,
@@ -43,12 +46,14 @@ register(
             "norms": PRE_NORMS,
             "attention": ATTENTION | ATTENTION_BIAS,
             "mamba": tensors("mamba"),
+            "moe": routed_tensors("block_sparse_moe", "router"),
             "mlp": {
                 "shared_mlp.input_linear.weight": "(ffn + ffn) hidden",
                 "shared_mlp.output_linear.weight": "hidden ffn",
             },
         },
         layer_blocks=blocks,
+        routed=Routed("block_sparse_moe.router", "block_sparse_moe.experts"),
         kv_cache=KV_CACHE,
         attends=ATTENDS,
         state={"mamba": STATE},
