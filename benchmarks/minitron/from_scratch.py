@@ -7,7 +7,7 @@ shapes are trained from scratch, each length a run of its own with a whole learn
 time, until one reaches the distilled child's held-out loss; the tokens in between are read off in log tokens. What is
 recorded already is not trained again.
 
-    python benchmarks/minitron/from_scratch.py [--seeds 0 1] [--parent 320000] [--distill 16384]
+    python benchmarks/minitron/from_scratch.py [--seeds 0 1] [--parent 204800] [--distill 16384]
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ SHAPES = {
     "half, depth": {"num_hidden_layers": 3},
     "three quarters, width": {"hidden_size": 112, "intermediate_size": 288},
 }
-FIRST, LAST = 40_000, 640_000  # tokens of the shortest and the longest run from scratch
+FIRST, LAST = 40_960, 327_680  # tokens of the shortest and the longest run from scratch
 LEARNING_RATE = {"scratch": 2e-3, "child": 1e-3}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--parent", type=int, default=320_000, help="tokens to train the parent on")
+    parser.add_argument("--parent", type=int, default=204_800, help="tokens to train the parent on")
     parser.add_argument("--distill", type=int, default=16_384, help="tokens to train a child on")
     parser.add_argument("--out", type=Path, default=RESULT)
     bench = Bench(parser.parse_args())

@@ -36,6 +36,7 @@ VERBS = {
     "moe upcycle": ("moe", "UpcycleSettings", "upcycle_model", "a dense model as a mixture of experts"),
     "moe prune": ("moe", "ExpertSettings", "prune_experts", "fewer experts: drop, merge, or make one dense FFN"),
     "moe train": ("moe", "MixtureVerb", "train_mixture", "train a standard or fine-grained mixture"),
+    "export": ("export", "ExportSettings", "export", "a model as a GGUF file, for llama.cpp"),
     "eval": ("evaluate", "EvalSettings", "evaluate_model", "perplexity, minimal pairs, lm-eval tasks"),
     "plan": ("plan", "PlanSettings", "plan_job", "what a job takes on machines that are not here: memory, time"),
     "bench": ("evaluate", "BenchSettings", "bench", "prefill and decode speed of models, side by side"),
