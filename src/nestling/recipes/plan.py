@@ -114,7 +114,7 @@ def _part(anatomy: Anatomy, shape: Shape, field: str) -> float:
 def _memory(found: Plan, machines: Machines) -> Table:
     way = "sharded (fsdp)" if found.fsdp else "whole on each device" if machines.count > 1 else "on one device"
     kept = "recomputed" if found.recompute else "kept"
-    title = f"memory of each {machines.device.name}: models {way}, activations {kept}, {found.rows} sequences at once"
+    title = f"memory of each {machines.device.name}: models {way}, activations {kept}, sequences at once: {found.rows}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("what")
     table.add_column("", justify="right")

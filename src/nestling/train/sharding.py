@@ -59,15 +59,16 @@ def _shard(learner: Learner, device: torch.device, bf16: bool) -> None:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     exact = MixedPrecisionPolicy()
-    student = learner.student
-    for layer in Anatomy.of(student).layers(student):
-        fully_shard(layer, mesh=mesh, mp_policy=half if bf16 and not _stays_wide(student, layer) else exact)
+    models = [model for model in (learner.student, learner.teacher) if model is not None]
+    trained = [model for model in models if any(model is module for module in learner.modules())]
+    for model in trained:
+        for layer in Anatomy.of(model).layers(model):
+            fully_shard(layer, mesh=mesh, mp_policy=half if bf16 and not _stays_wide(model, layer) else exact)
     fully_shard(learner, mesh=mesh, mp_policy=half if bf16 else exact, ignored_params=_scalars(learner, device))
-    if learner.teacher is not None:
-        taught = learner.taught
-        for layer in Anatomy.of(learner.teacher).layers(learner.teacher):
+    if len(trained) < len(models):  # the teacher is not corrected along
+        for layer in Anatomy.of(models[-1]).layers(models[-1]):
             fully_shard(layer, mesh=mesh)
-        root = fully_shard(taught, mesh=mesh)
+        root = fully_shard(learner.taught, mesh=mesh)
         learner.register_forward_hook(lambda *_: root.reshard())
 
 
