@@ -179,6 +179,8 @@ class Architecture:
 
 
 ARCHITECTURES: dict[str, Architecture] = {}
+# Model types that cannot be declared, and why.
+REFUSED: dict[str, str] = {}
 
 
 def register(architecture: Architecture) -> Architecture:
@@ -190,6 +192,8 @@ def register(architecture: Architecture) -> Architecture:
 def architecture_of(config: Config) -> Architecture:
     """The declaration for a config. Raises `UnsupportedArchitecture` that names the type and what to declare."""
     name = getattr(config, "base_model_type", None) or getattr(config, "model_type", None)
+    if name in REFUSED:
+        raise UnsupportedArchitecture(f"architecture '{name}' cannot be cut: {REFUSED[name]}")
     if name not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise UnsupportedArchitecture(
