@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from nestling.anatomy import Anatomy, Axis
-from nestling.anatomy.per_layer import config_class
+from nestling.anatomy.per_layer import config_class, layer_config
 from nestling.errors import ShapeError
 
 Value = int | tuple[int, ...]
@@ -289,6 +289,8 @@ def _refusal(anatomy: Anatomy, form: Form) -> str | None:
     try:
         config = child_config(anatomy, form)
         type(config).from_dict(config.to_dict()).validate()  # a class of ours validates only when it is saved
+        for layer in range(len(form.layers)) if getattr(config, "layer_shapes", None) else ():
+            layer_config(config, layer)
         if anatomy.architecture.refuses and (why := anatomy.architecture.refuses(config)):
             return why
     except Exception as error:  # the config classes raise what they like; all of it means "not this shape"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from nestling.anatomy import Anatomy
 from nestling.errors import ShapeError
@@ -170,6 +171,30 @@ def test_mamba2_refuses_an_inner_width_that_its_config_cannot_say():
     with pytest.raises(ShapeError, match="num_heads=6"):
         prune(model, random_ranking(model), {"num_heads": 8})
     assert prune(model, random_ranking(model), {"num_heads": 6}).config.expand == 1
+
+
+@pytest.mark.parametrize(
+    ("variant", "shape"),
+    [
+        ("nemotron_h", {"mamba_num_heads": [6, 6, 6, 2], "mamba_head_dim": [9, 9, 9, 4]}),
+        ("mamba2", {"num_heads": [12, 6, 12, 6]}),
+        ("bamba", {"mamba_n_heads": [12, 6, 12, 6], "mamba_d_state": [3, 6, 6, 4]}),
+    ],
+)
+def test_mixers_may_differ_from_layer_to_layer(variant, shape, tmp_path):
+    model = tiny(variant)
+    ranking = random_ranking(model)
+    child = prune(model, ranking, shape)
+    expected = logits(child, IDS)
+    with masked(model, shape, ranking):
+        torch.testing.assert_close(logits(model, IDS), expected, **CLOSE)
+    child.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64), IDS), expected)
+
+
+def test_a_layer_without_a_whole_factor_is_refused():
+    with pytest.raises(ShapeError, match="layer 1 needs expand"):
+        prune(tiny("mamba2"), random_ranking(tiny("mamba2")), {"num_heads": [12, 8, 12, 12]})
 
 
 def test_heads_are_never_merged():

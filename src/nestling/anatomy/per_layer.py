@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from nestling.anatomy.declare import ARCHITECTURES
+from nestling.errors import ShapeError
 
 PREFIX = "nestling_"
 
@@ -60,8 +61,7 @@ def model_class(model_type: str) -> type[PreTrainedModel]:
         super(model_class(model_type), self).__init__(config)
         layers = cast(nn.ModuleList, self.get_submodule(path))
         for i, layer in enumerate(layers):
-            sizes = {field: values[i] for field, values in (config.layer_shapes or {}).items()}
-            layers[i] = _made_anew(layer, config, sizes, i)
+            layers[i] = _made_anew(layer, config, i)
         self.post_init()
 
     members = {
@@ -77,10 +77,25 @@ def model_class(model_type: str) -> type[PreTrainedModel]:
     return type(f"Nestling{stock.__name__}", (stock,), members)
 
 
-def _made_anew(layer: nn.Module, config: PreTrainedConfig, sizes: dict[str, int], number: int) -> nn.Module:
+def layer_config(config: PreTrainedConfig, layer: int) -> LayerConfig:
+    """The config as one layer sees it, what follows from its sizes included.
+
+    Raises `ShapeError` when the layer's sizes leave no value for a field that follows from them.
+    """
+    sizes = {field: values[layer] for field, values in (config.layer_shapes or {}).items()}
+    seen = LayerConfig(config, sizes)
+    for field, derive in ARCHITECTURES[config.base_model_type].derived.items():
+        value = derive(seen)
+        if value is None:
+            raise ShapeError(f"layer {layer} needs {field} to be a whole number, which its sizes do not give")
+        seen.__dict__[field] = value
+    return seen
+
+
+def _made_anew(layer: nn.Module, config: PreTrainedConfig, number: int) -> nn.Module:
     """A layer of the same class with other sizes; buffers that the model gave it go along."""
     more = ARCHITECTURES[config.base_model_type].layer_arguments
-    made = cast(Any, type(layer))(LayerConfig(config, sizes), number, *(more(config, number) if more else ()))
+    made = cast(Any, type(layer))(layer_config(config, number), number, *(more(config, number) if more else ()))
     own = {name for name, _ in made.named_buffers()}
     for name, buffer in layer.named_buffers():
         if name not in own:
