@@ -26,7 +26,7 @@ from nestling.budget import Budget
 from nestling.cost import cost
 from nestling.ranking import Ranking, nested, rank
 from nestling.ranking.layers import greedy, leave_one_out
-from nestling.search import candidates, pick
+from nestling.search import Pricing, candidates, pick
 from nestling.surgery import prune
 
 HEADS, CHANNELS, STATE, FFN, HIDDEN = (
@@ -59,13 +59,14 @@ def measured(seed: int, work: Path) -> dict[str, dict[str, dict[str, float]]]:
     """Every table for one parent; kept, so that a run that stops goes on."""
     kept = work / f"pruning-{seed}.json"
     found = json.loads(kept.read_text()) if kept.exists() else {}
-    model, tokenizer = parent(seed, work)
-    set_seed(seed)
-    bench = Bench(model, Ground(tokenizer, seed), seed)
-    for name, table in bench.tables().items():
-        if name not in found:
-            found[name] = dict(table())
-            kept.write_text(json.dumps(found, indent=1))
+    if set(TABLES) - set(found):
+        model, tokenizer = parent(seed, work)
+        set_seed(seed)
+        bench = Bench(model, Ground(tokenizer, seed), seed)
+        for name, table in TABLES.items():
+            if name not in found:
+                found[name] = dict(table(bench))
+                kept.write_text(json.dumps(found, indent=1))
     return found
 
 
@@ -76,17 +77,6 @@ class Bench:
         self.model, self.ground, self.seed = model, ground, seed
         self.anatomy = Anatomy.of(model)
         self.ranking = rank(model, ground.calibration, layers="kl")
-
-    def tables(self) -> dict[str, Callable[[], Rows]]:
-        return {
-            "parent": self.parent,
-            "which heads": self.which_heads,
-            "where Mamba is scored": self.where,
-            "one axis": self.one_axis,
-            "L2 against FLAP": self.flap,
-            "which layers": self.layers,
-            "all axes or one": self.joint,
-        }
 
     def parent(self) -> Rows:
         yield "parent", {"loss": self.ground.loss(self.model), "params": cost(self.model).params}
@@ -169,9 +159,12 @@ class Bench:
     def joint(self) -> Rows:
         """Shapes of about 0.7 x the parameters: the search over all axes, or one axis alone; then distilled."""
         budget = Budget.parse("0.7x")
-        found = candidates(self.anatomy, budget, axes=(HEADS, FFN, HIDDEN, DEPTH))
+        pricing = Pricing(self.anatomy, ranking=self.ranking)  # layers differ in size, so costs depend on which stay
+        found = candidates(self.anatomy, budget, axes=(HEADS, FFN, HIDDEN, DEPTH), pricing=pricing)
         best = pick(self.model, self.ranking, found, self.ground.calibration[:2], finalists=3)[0].shape
-        alone = {name: candidates(self.anatomy, budget, axes=(name,))[0][0] for name in (FFN, HIDDEN, DEPTH)}
+        alone = {
+            name: candidates(self.anatomy, budget, axes=(name,), pricing=pricing)[0][0] for name in (FFN, HIDDEN, DEPTH)
+        }
         for name, shape in ({"all axes": best} | {f"{name} alone": shape for name, shape in alone.items()}).items():
             yield name, self.priced(shape, self.ranking, distilled=True)
 
@@ -214,6 +207,17 @@ class Bench:
                 own = -(torch.arange(len(order)) % (len(order) // groups)).float()
             scores.append(own)
         return prune(moved, Ranking({HEADS: tuple(scores)}), {HEADS: count})
+
+
+TABLES: dict[str, Callable[[Bench], Rows]] = {
+    "parent": Bench.parent,
+    "which heads": Bench.which_heads,
+    "where Mamba is scored": Bench.where,
+    "one axis": Bench.one_axis,
+    "L2 against FLAP": Bench.flap,
+    "which layers": Bench.layers,
+    "all axes or one": Bench.joint,
+}
 
 
 def merged(found: dict[int, dict]) -> list[dict]:
