@@ -32,7 +32,7 @@ RESULT = Path(__file__).parents[1] / "results/speed/rank_time.json"
 MODEL = "builtin:smollm2-135m-instruct"
 CONTEXT, BATCH = 256, 2
 SEED = 0
-FEW, MANY = 512, 4096  # tokens whose ranking is compared in memory
+FEW, MANY = 1024, 4096  # tokens whose ranking is compared in memory
 
 
 def main() -> None:
