@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -96,3 +97,17 @@ def test_bad_families_are_refused_before_any_work(arguments, sentence, place, ca
     assert main(["family", "m", *arguments, *JOB]) == 2
     assert sentence in capsys.readouterr().err
     assert files(place) == before
+
+
+def test_members_share_the_parents_likeliest_tokens(place, brief, capsys):
+    """Kept tokens give what a live teacher with the same top_k gives, to the rounding of what is kept."""
+    top = ["--distill.top_k", "20"]
+    run(capsys, *FAMILY, *top)
+    assert (place / "run" / "teacher" / "cache.json").exists()
+    alone = ["compress", "m", "--to", "0.9x", "--axes", "intermediate_size", "--out", "alone", *JOB, *top]
+    run(capsys, *alone)
+    found, expected = (
+        load_file(place / folder / "model" / "model.safetensors") for folder in ("run/members/0.9x", "alone")
+    )
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=2e-3, rtol=0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -85,11 +86,13 @@ class ChildSettings(ShapeSettings):
 class Parent:
     """The model that a job starts from and that teaches all of its children, with its texts and figures.
 
-    run: the folder in which they are kept; set before anything but `model` and `tokenizer` is asked for.
+    run: the folder in which they are kept; set before anything but `model` and `tokenizer` is asked for. cache: folder
+    for the parent's likeliest tokens, if its children are to share them.
     tokens: of calibration text.
     """
 
     run: Run
+    cache: Path | None = None
 
     def __init__(self, settings: Any, tokens: int):
         self.settings, self.tokens = settings, tokens
@@ -287,6 +290,7 @@ class Child:
             parent.tokenizer,
             parent.settings.distill,
             run_dir=self.run.folder,
+            cache=parent.cache,
         )
 
     def _once(self, name: str, make: Callable[[], PreTrainedModel]) -> None:

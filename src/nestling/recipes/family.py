@@ -1,9 +1,10 @@
 """`nestling family`: several children of one parent in one resumable job, sharing all that can be shared.
 
 The parent is loaded, read, ranked and evaluated once; calibration text, ranking and what a repair needs serve every
-member, and all learn from the parent. Members are cut from the parent, or each from the one before it, which for large
-cuts is better (Minitron, arXiv 2407.14679, table 14) but needs a ranking for each. Each member has a folder of its own
-under members/, with the report of how it was made; the family's report has all of them in one table.
+member, and all learn from the parent, whose likeliest tokens are kept for them with --distill.top_k. Members are cut
+from the parent, or each from the one before it, which for large cuts is better (Minitron, arXiv 2407.14679, table 14)
+but needs a ranking for each. Each member has a folder of its own under members/, with the report of how it was made;
+the family's report has all of them in one table.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ def family(settings: FamilySettings) -> dict[str, Any]:
     parent = Parent(settings, settings.calibration_tokens)
     targets = _targets(parent, settings)
     run = parent.run = Run("family", settings, settings.out, settings.overwrite)
+    if settings.distill.top_k and settings.distill.correction == "none" and not settings.distill.states:
+        parent.cache = run.path("teacher")
     stages = Stages(2 + 4 * len(targets))
     with stages("rank every axis of the parent on calibration text"):
         origin = Origin(parent, parent.model, run)
