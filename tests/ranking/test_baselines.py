@@ -8,7 +8,8 @@ from nestling.anatomy import Anatomy
 from nestling.ranking import METRICS, metric, rank
 from tests.models import VARIANTS, tiny, token_batches
 
-SHIPPED = sorted(name for name in METRICS if name != "random")
+# Those of routed experts are held against a naive loop in test_experts.py.
+SHIPPED = sorted(set(METRICS) - {"random", "reap", "frequency", "gate"})
 
 
 @pytest.fixture
