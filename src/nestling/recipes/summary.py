@@ -39,7 +39,7 @@ def heading(settings: Any, name: str, parent: PreTrainedModel) -> dict[str, Any]
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {parent.device.type}",
+        "machine": f"{platform.machine()}, {_threads()}, {parent.device.type}",
         "budget": name,
     }
 
@@ -107,3 +107,8 @@ def _axis(anatomy: Anatomy, form: Form, ranking: Ranking, field: str) -> dict[st
 def _numbers(scores: Any) -> list[float]:
     """Scores with as many digits as a picture needs."""
     return [float(f"{value:.4g}") for value in scores.tolist()] if scores is not None else []
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' if count > 1 else ''}"
