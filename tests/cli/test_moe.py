@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from nestling.cli import main
 from nestling.experts import use_fast_experts
-from tests.cli.workplace import FEW, TEXT, run
+from tests.cli.workplace import FEW, JOB, TEXT, run
 from tests.models import logits
 
 IDS = torch.arange(3, 15)[None]
@@ -70,3 +70,12 @@ def test_what_cannot_be_is_one_sentence(place, capsys, arguments, says):
     said = capsys.readouterr().err
     assert says in said
     assert "Traceback" not in said
+
+
+def test_compress_cuts_experts_with_everything_else(place, capsys, brief):
+    run(capsys, "moe", "upcycle", "m", "--num_experts", 4, "--out", "mix")
+    axes = "num_local_experts,intermediate_size,hidden_size,num_hidden_layers"
+    run(capsys, "compress", "mix", "--to", "0.4x", "--axes", axes, "--out", "run", *JOB)
+    config = load("run/model").config
+    assert config.num_local_experts >= config.num_experts_per_tok
+    assert load("run/model").num_parameters() <= 0.4 * load("mix").num_parameters()
