@@ -1,7 +1,7 @@
 """Decoding over a compressed cache: attention alone at 64k, whole models at 1k and 16k, against transformers' own.
 
 `attention`: the same compiled loops over a full cache and over compressed ones with ragged heads (lengths lognormal,
-0.5), layers enough to exceed the processor's cache. `model`: a Llama whose keys and values exceed its weights decodes
+0.5), far beyond the processor's cache. `model`: a Llama whose keys and values exceed its weights decodes
 after a context of random keys and values, compressed or not, against the stock model with SDPA and a `StaticCache`.
 Arms take turns, in reversed order every other round; figures are medians over rounds.
 
@@ -34,9 +34,9 @@ from nestling.dmc.runtime.slots import SlotLayer
 RESULT = Path(__file__).parents[1] / "results/dmc/speed.json"
 SEED = 0
 RATIOS = (1, 2, 4, 8)
-ATTENTION = {"heads": 8, "dim": 64, "context": 65536, "layers": 2}
+ATTENTION = {"heads": 8, "dim": 64, "context": 65536, "layers": 1}
 MODEL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "heads": 8, "dim": 64}
-STEPS = 8  # tokens per round
+STEPS = 4  # tokens per round
 
 
 def main() -> None:
