@@ -115,7 +115,8 @@ def parallel(
 
 def _attend_square(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float, drop: float) -> Tensor:
     seq = query.shape[-2]
-    scores = (query @ keys.unsqueeze(2).mT).to(wide(query.dtype)) * scaling
+    precise = wide(query.dtype)  # scores rounded to half precision would cost more than their softmax forgives
+    scores = (query.to(precise) @ keys.to(precise).unsqueeze(2).mT) * scaling
     own = torch.eye(seq, dtype=torch.bool, device=query.device)
     later = torch.ones(seq, seq, dtype=torch.bool, device=query.device).triu(1)
     scores = scores + bias[:, :, None, None, :].masked_fill(own, 0)
@@ -175,10 +176,10 @@ def _attend_finals(
         if old is not None:
             some_keys, some_values = torch.cat([old[0], some_keys]), torch.cat([old[1], some_values])
             unseen = pad(unseen, (len(old[0]), 0))
-        part = query[:, start:stop]
-        scores = (part @ some_keys.T).masked_fill(unseen, -torch.inf)
+        part = query[:, start:stop].to(wide(query.dtype))
+        scores = (part @ some_keys.to(part.dtype).T).masked_fill(unseen, -torch.inf)
         own = (part * keys[start:stop]).sum(-1, keepdim=True)
-        weights = torch.softmax(torch.cat([scores, own], -1).to(wide(query.dtype)) * scaling, -1).to(query.dtype)
+        weights = torch.softmax(torch.cat([scores, own], -1) * scaling, -1).to(query.dtype)
         out[:, start:stop] = weights[..., :-1] @ some_values + weights[..., -1:] * values[start:stop]
     return out
 
