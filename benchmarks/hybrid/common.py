@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -107,7 +108,7 @@ def write(name: str, rows: Any, claims: dict[str, Any], seeds: list[int]) -> Pat
     """Record a benchmark under `benchmarks/results/hybrid/`."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     record = {
-        "command": "python " + " ".join(["benchmarks/hybrid/" + Path(sys.argv[0]).name, *_options(sys.argv[1:])]),
+        "command": shlex.join(["python", "benchmarks/hybrid/" + Path(sys.argv[0]).name, *_options(sys.argv[1:])]),
         "commit": commit.stdout.strip(),
         "versions": {package: version(package) for package in ("nestling", "torch", "transformers")},
         "seeds": seeds,
