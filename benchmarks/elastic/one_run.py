@@ -15,9 +15,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ import nestling as nl
 from nestling import hub
 from nestling.data import calibration, train_tokenizer
 from nestling.elastic import ElasticSettings
-from nestling.elastic.target import harden
+from nestling.elastic.controls import random, uniform
 from nestling.elastic.train import importance, make_plan
 from nestling.evaluate import perplexity
 from nestling.hub.load import load_tokenizer
@@ -143,20 +143,9 @@ class Bench:
     def shapes(self, parent: PreTrainedModel, seed: int, arm: str) -> dict[str, Shape]:
         """Shapes that meet the budgets and that no router has learned."""
         anatomy = nl.Anatomy.of(parent)
-        settings = ElasticSettings()
-        plan = make_plan(anatomy, importance(anatomy, self.ranking()), BUDGETS, settings)
-        generator = torch.Generator().manual_seed(seed)
-        scale = 3.0 if arm == "random" else 0.0
-        return {
-            target.name: plan.space.shape(
-                harden(plan.space, target, {
-                    field: scale * torch.randn(knob.sizes.shape, generator=generator)
-                    - (0 if arm == "random" else 50) * (knob.sizes / knob.sizes[:, :1] - _part(target.name)).abs()
-                    for field, knob in plan.space.knobs.items()
-                })
-            )
-            for target in plan.targets
-        }  # fmt: skip
+        plan = make_plan(anatomy, importance(anatomy, self.ranking()), BUDGETS, ElasticSettings())
+        make = uniform if arm == "uniform" else partial(random, seed=seed)
+        return {target.name: make(plan.space, target) for target in plan.targets}
 
     def ranking(self) -> nl.Ranking:
         path = self.work / "ranking.safetensors"
@@ -188,11 +177,6 @@ class Bench:
             pretrain(model, DATA, self.tokenizer, steps=PARENT_STEPS, learning_rate=3e-3, log_every=50, **ROWS)
             hub.save(model, path, self.tokenizer)
         return hub.load(path)[0]
-
-
-def _part(budget: str) -> float:
-    """The part of every axis that leaves about that part of the parameters: width counts twice."""
-    return math.sqrt(float(budget.removesuffix("x")))
 
 
 def show(rows: list[dict[str, Any]]) -> None:
