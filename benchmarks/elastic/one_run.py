@@ -1,6 +1,6 @@
 """One elastic run for three members against one prune + distill run for each, on the same tokens.
 
-The parent is a dense decoder of 1.5 M parameters, pretrained here on the source of the running Python. `elastic` trains
+The parent is a dense decoder of 0.7 M parameters, pretrained here on the source of the running Python. `elastic` trains
 0.75x and 0.5x members and the parent together on T tokens. `separate` prunes the parent by the same ranking to the very
 shape that the router found and distills it on T tokens, and on T/2; `uniform` and `random` are elastic runs with shapes
 that no router chose, both of the same budgets. Losses are of held-out text, nats per token.
@@ -42,17 +42,19 @@ RESULT = Path(__file__).parents[1] / "results/elastic/one_run.json"
 DATA = "builtin:stdlib"
 FIELDS = {
     "model_type": "llama",
-    "vocab_size": 1024,
-    "hidden_size": 128,
-    "intermediate_size": 352,
+    "vocab_size": 768,
+    "hidden_size": 96,
+    "intermediate_size": 256,
     "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 16,
     "tie_word_embeddings": True,
 }
 BUDGETS = ("0.75x", "0.5x")
-ROWS = {"context": 128, "batch_size": 8, "micro_batch_size": 8, "save_every": 0}
-PARENT_STEPS = 700
+ROWS = {"context": 128, "batch_size": 4, "micro_batch_size": 4, "save_every": 0}
+TOKENS = ROWS["context"] * ROWS["batch_size"]
+PARENT_STEPS = 600
 RATE = 1e-3
 
 
@@ -60,11 +62,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", default="runs/elastic", help="folder for what is done")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--steps", type=int, default=240, help="steps of the elastic run, of 1,024 tokens each")
+    parser.add_argument("--controls", nargs="*", default=["uniform", "random"], help="shapes to compare with")
+    parser.add_argument("--steps", type=int, default=160, help="steps of the elastic run, of 512 tokens each")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     bench = Bench(Path(chosen.work), chosen.steps)
-    rows = [row for seed in chosen.seeds for row in bench.rows(seed)]
+    rows = [row for seed in chosen.seeds for row in bench.rows(seed, chosen.controls)]
     show(rows)
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(record(rows, chosen.seeds, chosen.steps), indent=1) + "\n")
@@ -79,7 +82,7 @@ class Bench:
         self.tokenizer = self._tokenizer()
         self.parent = self._parent()
 
-    def rows(self, seed: int) -> list[dict[str, Any]]:
+    def rows(self, seed: int, controls: list[str]) -> list[dict[str, Any]]:
         """All arms of one seed."""
         parent = {
             "arm": "parent",
@@ -94,7 +97,7 @@ class Bench:
                 for part in (1.0, 0.5):
                     name = f"separate-{row['member']}-{part:g}-{seed}"
                     rows.append(self.kept(name, lambda row=row, part=part: self.separate(row, part, seed)))
-        for arm in ("uniform", "random"):
+        for arm in controls:
             rows += self.kept(f"{arm}-{seed}", lambda arm=arm: self.elastic(seed, arm))
         return rows
 
@@ -114,7 +117,7 @@ class Bench:
                 "seed": seed,
                 "member": name,
                 "loss": self.loss(family[name]),
-                "tokens": self.steps * 1024,
+                "tokens": self.steps * TOKENS,
                 "seconds": seconds,
                 "params": family.cost(name).params / whole,
                 "shape": family.entry(name).shape.to_dict(),
@@ -136,7 +139,7 @@ class Bench:
             "arm": "separate",
             "loss": loss,
             "zero_shot": zero_shot,
-            "tokens": steps * 1024,
+            "tokens": steps * TOKENS,
             "seconds": seconds,
         }
 
@@ -150,12 +153,12 @@ class Bench:
     def ranking(self) -> nl.Ranking:
         path = self.work / "ranking.safetensors"
         if not path.exists():
-            text = calibration(self.parent, self.tokenizer, DATA, tokens=8192, context=128, generated=0.0)
+            text = calibration(self.parent, self.tokenizer, DATA, tokens=4096, context=128, generated=0.0)
             nl.rank(self.parent, text, layers="kl").save(path)
         return nl.Ranking.load(path)
 
     def loss(self, model: PreTrainedModel) -> float:
-        return perplexity(model, self.tokenizer, DATA, context=128, tokens=32768).loss
+        return perplexity(model, self.tokenizer, DATA, context=128, tokens=16384).loss
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
         """What was measured under that name, or is now."""
@@ -208,7 +211,7 @@ def claims(rows: list[dict[str, Any]], seeds: list[int], steps: int) -> dict[str
         here = [row for row in rows if row["seed"] == seed]
         elastic = {row["member"]: row["loss"] for row in here if row["arm"] == "elastic"}
         apart = {(r["member"], r["tokens"]): r["loss"] for r in here if r["arm"] == "separate"}
-        whole = steps * 1024
+        whole = steps * TOKENS
         gaps += [elastic[member] / apart[member, whole] - 1 for member in BUDGETS]
         needed = [_tokens_for(elastic[m], {t: loss for (name, t), loss in apart.items() if name == m}) for m in BUDGETS]
         ratios.append(sum(needed) / whole)

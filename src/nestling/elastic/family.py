@@ -156,8 +156,7 @@ class Family(Mapping[str, PreTrainedModel]):
 
 def sorted_order(anatomy: Anatomy, order: Sequence[int]) -> Any:
     """The ranking of a sorted parent whose layers are in this order of importance."""
-    scores = torch.zeros(anatomy.num_layers)
-    scores[torch.as_tensor(order)] = -torch.arange(anatomy.num_layers).float()
+    scores = -torch.as_tensor(order).argsort().float()
     return prefix_ranking(anatomy, scores)
 
 

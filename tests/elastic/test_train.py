@@ -1,0 +1,157 @@
+"""Training a family: what it learns, what it draws, and that neither a kill nor more processes change it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nestling.elastic import ElasticSettings, train
+from nestling.elastic.learner import draw
+from nestling.elastic.router import Router, gumbel, relaxed
+from nestling.errors import NestlingError, TargetError
+from nestling.shape import Shape
+from nestling.train import LearnerTrainer
+from tests.elastic import worker
+from tests.elastic.toy import sorted_parent, space_of
+from tests.models import logits, random_ranking, tiny, token_batches
+
+ROOT = Path(__file__).parents[2]
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+DATA = token_batches(4, 4, 12)
+QUICK = {"steps": 4, "batch_size": 4, "learning_rate": 1e-3, "routing": 0.5}
+
+
+def call(*arguments, launcher=()):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *launcher, "-m", "tests.elastic.worker", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def whole():
+    torch.set_num_threads(1)
+    return worker.run(None)
+
+
+@pytest.mark.parametrize("step", [3, 6])  # after a checkpoint amid the routing, and one amid the slices
+def test_a_run_that_dies_goes_on_to_the_same_family(step, whole, tmp_path, monkeypatch):
+    plain, calls = LearnerTrainer.training_step, []
+
+    def training_step(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == step:
+            raise RuntimeError("the lights went out")
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(LearnerTrainer, "training_step", training_step)
+    with pytest.raises(RuntimeError, match="lights"):
+        worker.run(tmp_path / "run")
+    family = worker.run(tmp_path / "run")
+    assert family.entries == whole.entries
+    expected = dict(whole.parent.named_parameters())
+    assert all(torch.equal(p, expected[name]) for name, p in family.parent.named_parameters())
+    assert len(calls) == step + worker.STEPS - 2 * ((step - 1) // 2)
+
+
+def test_two_processes_train_what_one_does(whole, tmp_path):
+    call(tmp_path / "run", tmp_path / "out", launcher=TWO)
+    found = load_file(tmp_path / "out")
+    for name, parameter in whole.parent.named_parameters():
+        torch.testing.assert_close(found[name], parameter.detach(), rtol=1e-5, atol=1e-6)
+    shapes = {name: Shape(**shape) for name, shape in json.loads((tmp_path / "out.json").read_text()).items()}
+    assert shapes == {name: entry.shape for name, entry in whole.entries.items()}
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings"),
+    [
+        ("llama", {"teacher": "trainable", "masks": "straight_through", "per_layer": "intermediate_size"}),
+        ("qwen2", {"teacher": "none", "masks": "hard", "chain": True}),
+        ("nemotron_h", {"long_context": 24, "long_tokens": 96, "long_weights": [2, 1, 1]}),
+    ],
+)
+def test_every_kind_of_training_gives_members_on_their_budgets(variant, settings, tmp_path):
+    model = tiny(variant, dtype=torch.float32)
+    budgets = ["0.75x", "0.5x"]
+    data = token_batches(8, 4, 12)
+    family = train(model, budgets, data, ranking=random_ranking(model), run_dir=tmp_path, **(QUICK | settings))
+    for name in budgets:
+        assert family.cost(name).params / family.cost("1x").params == pytest.approx(float(name[:-1]), rel=0.01)
+        assert torch.isfinite(logits(family[name], data[0]["input_ids"])).all()
+    if settings.get("chain"):
+        small, large = family.entry("0.5x").shape, family.entry("0.75x").shape
+        assert all(small[field] <= large[field] for field in small)
+    assert (tmp_path / "long" / "metrics.jsonl").exists() == ("long_context" in settings)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    kind = {"trainable": "kl 0.5x", "none": "ce 0.5x"}.get(settings.get("teacher", ""), "kl 1x")
+    assert kind in records[-1]
+
+
+def test_the_parent_is_its_own_teacher_at_first_and_members_learn():
+    model = tiny("llama", dtype=torch.float32)
+    shapes = {"0.5x": Shape(intermediate_size=22, hidden_size=36)}
+    family_of = lambda steps: train(  # noqa: E731
+        tiny("llama", dtype=torch.float32), ["0.5x"], DATA, ranking=random_ranking(model), shapes=shapes,
+        **(QUICK | {"steps": steps, "learning_rate": 3e-3}),
+    )  # fmt: skip
+    ids = DATA[0]["input_ids"]
+    before, after = family_of(1), family_of(16)
+    assert (before["1x"].config.hidden_size, before["0.5x"].config.hidden_size) == (48, 36)
+    taught = logits(model, ids).log_softmax(-1)
+
+    def apart(family):
+        return (taught.exp() * (taught - logits(family["0.5x"], ids).log_softmax(-1))).sum(-1).mean()
+
+    assert apart(after) < 0.8 * apart(before)
+
+
+def test_draws_follow_their_shares_and_the_seed():
+    shares = [0.5, 0.3, 0.2]
+    drawn = [draw(shares, 1, 7, step)[0] for step in range(3000)]
+    for number, share in enumerate(shares):
+        expected, spread = 3000 * share, (3000 * share * (1 - share)) ** 0.5
+        assert abs(drawn.count(number - 1) - expected) < 3 * spread
+    assert drawn == [draw(shares, 1, 7, step)[0] for step in range(3000)]
+    assert draw(shares, 0, 7, 0) == [-1, 0, 1]
+
+
+def test_noise_is_a_function_of_its_arguments_and_leaves_the_generator_alone():
+    model, ranking = sorted_parent("llama")
+    space, state = space_of(model, ranking), torch.get_rng_state()
+    noise = gumbel(space, 0, 3, 1)
+    Router(space, 2, seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    for field, value in gumbel(space, 0, 3, 1).items():
+        assert torch.equal(value, noise[field])
+        assert not torch.equal(value, gumbel(space, 0, 4, 1)[field])
+    lots = torch.cat([gumbel(space, 0, step, 0)["intermediate_size"].flatten() for step in range(400)])
+    assert lots.mean().item() == pytest.approx(0.5772, abs=0.05)
+
+
+def test_masks_are_the_chances_or_their_likeliest_choice():
+    chances = {"a": torch.tensor([[0.2, 0.5, 0.3]], requires_grad=True)}
+    assert torch.equal(relaxed(chances, "soft")["a"], chances["a"])
+    for masks, slopes in (("straight_through", [1.0, 2.0, 3.0]), ("hard", [0.0, 4.0, 0.0])):
+        chances["a"].grad = None
+        put = relaxed(chances, masks)["a"]
+        assert put.tolist() == [[0.0, 1.0, 0.0]]
+        (put * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+        assert chances["a"].grad[0].tolist() == pytest.approx(slopes)
+
+
+def test_what_cannot_be_is_refused_before_any_work():
+    model = tiny("llama", dtype=torch.float32)
+    with pytest.raises(TargetError, match="no member can keep"):
+        train(model, ["0.01x"], None)
+    with pytest.raises(TargetError, match="each budget once"):
+        train(model, [], None)
+    with pytest.raises(NestlingError, match="keeps its activations"):
+        ElasticSettings(gradient_checkpointing=True)
+    with pytest.raises(NestlingError, match="second stage"):
+        ElasticSettings(long_context=64)
