@@ -11,19 +11,26 @@ from tests.models import VARIANTS, in_float64, logits, token_batches
 IDS = token_batches(1)[0]["input_ids"]
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if not v.startswith("mamba2")])
+# Sizes of these are bound to each other, so that one drawn for each axis and layer is no model.
+BOUND = ("mamba2", "bamba", "granitemoehybrid", "falcon_h1", "olmoe")
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if not v.startswith(BOUND)])
 def test_a_hard_choice_is_the_cut_model(variant):
     model, ranking = sorted_parent(variant)
     space = space_of(model, ranking)
     for seed in (1,):
         chances, sizes = one_hot(space, seed)
+        child = prune(model, ranking, space.shape(sizes))
         with in_float64():
-            expected = logits(prune(model, ranking, space.shape(sizes)), IDS)
+            expected = logits(child, IDS)
             with softly(model, space, chances):
                 found = model(input_ids=IDS).logits
-        torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+        close = 1e-10 if space.anatomy.architecture.routed is None else 2e-6  # routers compute in float32
+        torch.testing.assert_close(found, expected, atol=close, rtol=close)
     found.sum().backward()
-    assert all(torch.isfinite(value.grad).all() for value in chances.values())
+    chosen = {field for field, axis in space.anatomy.axes.items() if axis.active}  # experts: no mean, no gradient
+    assert all(torch.isfinite(value.grad).all() for field, value in chances.items() if field not in chosen)
     torch.testing.assert_close(logits(model, IDS), logits(model, IDS))  # no hook is left
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
@@ -55,12 +62,11 @@ def test_gradients_of_the_chances_are_those_of_finite_differences(variant):
 
 def test_without_norms_over_kept_channels_the_mask_would_be_wrong(monkeypatch):
     """Negative control: zeros that still count in a norm's mean."""
-    model, ranking = sorted_parent("llama")
+    model, ranking = sorted_parent("qwen3")
     space = space_of(model, ranking)
-    chances, sizes = one_hot(space, 3)
+    chances, sizes = next(found for seed in range(9) if int((found := one_hot(space, seed))[1]["hidden_size"]) < 80)
     expected = logits(prune(model, ranking, space.shape(sizes)), IDS)
     monkeypatch.setattr("nestling.elastic.soft.is_norm", lambda module, specs: False)
     with torch.no_grad(), softly(model, space, chances):
         found = model(input_ids=IDS).logits
-    assert int(sizes["hidden_size"]) < 48
     assert (found - expected).abs().max() > 1e-2

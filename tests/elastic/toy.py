@@ -26,7 +26,8 @@ def space_of(model: PreTrainedModel, ranking: Ranking, per_layer: Sequence[str] 
     """Everything may be chosen, layer by layer unless `per_layer` says otherwise."""
     anatomy = Anatomy.of(model)
     order = anatomy.by_importance(ranking.order(anatomy.depth_field).tolist())
-    fields = [field for field, axis in anatomy.axes.items() if axis.scope == "layer"]
+    alike = anatomy.architecture.alike
+    fields = [field for field, axis in anatomy.axes.items() if axis.scope == "layer" and field not in alike]
     return Space(anatomy, order, fields if per_layer is None else per_layer)
 
 

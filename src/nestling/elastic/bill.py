@@ -99,9 +99,12 @@ class Bill:
         return sizes, torch.ones(len(layers), dtype=torch.float64)
 
     def _tensor(self, spec: TensorSpec, params: _Sum, active: _Sum, matrices: _Sum) -> None:
-        anatomy = self.anatomy
+        anatomy, sizes = self.anatomy, self.anatomy.sizes(spec.layer)
+        routed = anatomy.architecture.routed
+        if routed is not None and routed.bias and spec.name.endswith(f".{routed.bias}"):
+            return  # a buffer, as in `cost`
         experts = {
-            axis.letter: float(getattr(anatomy.config, axis.active))
+            axis.letter: float(getattr(anatomy.config, axis.active)) / math.prod(sizes[outer] for outer in axis.within)
             for axis in anatomy.axes.values()
             if axis.active and len(spec.layout) > 2 and axis.letter in spec.layout[0].letters
         }

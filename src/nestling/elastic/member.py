@@ -177,6 +177,8 @@ def runs(index: Tensor) -> list[tuple[int, int]]:
 def _window(index: tuple[LongTensor | None, ...], shape: tuple[int, ...]) -> Window:
     window: list[tuple[int, int] | LongTensor | None] = []
     for kept, size in zip(index, shape, strict=True):
+        if kept is not None and kept.dim() > 1:
+            kept = cast(LongTensor, kept[0])  # the first neurons of every expert alike
         found = _runs_of(kept, size)
         window.append(None if found == [(0, size)] else found[0] if len(found) == 1 else kept)
     return tuple(window)

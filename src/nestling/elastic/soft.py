@@ -7,6 +7,8 @@ layer adds its chance of staying times what it would add. At a hard choice all o
 
 Axes that no matrix reads (a Mamba state), and those that a mixer normalizes inside its own kernel, are masked on every
 tensor that has them; such a norm is corrected by the mean of what each size would ask for, as the released code does.
+Routed experts are chosen, not masked: a router picks among the likeliest number of them, and the chances of that
+number follow the budget and the other axes.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from transformers import PreTrainedModel
 
 from nestling.anatomy import Anatomy, TensorSpec
 from nestling.anatomy.notation import Choice, Dimension
+from nestling.anatomy.routing import narrowed
 from nestling.elastic.space import PerChoice, Space
 from nestling.surgery.mask import EPS, by_module, is_inner, is_norm, narrow_norm, shadow, times, unshadow
 
@@ -41,6 +44,9 @@ def softly(model: PreTrainedModel, space: Space, chances: PerChoice) -> Iterator
             layer, module = specs[0].layer, model.get_submodule(path)
             likely = _Likely(space, chances, layer, module)
             inner = is_inner(anatomy, path, layer)
+            if likely.routes(path):
+                hooks.callback(module.register_forward_hook(likely.router(specs[0])).remove)
+                continue
             if is_norm(module, specs) and not inner:
                 if likely.letters & specs[0].letters:
                     hooks.callback(module.register_forward_hook(likely.norm(specs[0])).remove)
@@ -73,6 +79,26 @@ class _Likely:
         }
         self.letters = frozenset(self.knobs)
 
+    def routes(self, path: str) -> bool:
+        """Whether a module is a router whose experts are chosen from."""
+        routed = self.anatomy.architecture.routed
+        if routed is None or self.layer is None or not self.letters & self._of_experts():
+            return False
+        return path == f"{self.anatomy.layer_path(self.layer)}.{routed.router}"
+
+    def router(self, spec: TensorSpec) -> Callable[..., Any]:
+        """A hook that lets a router choose among the likeliest number of experts; a choice has no mean."""
+        choices = {}
+        for letter in self.letters & self._of_experts():
+            sizes, chances = self.knobs[letter]
+            choices[letter] = Choice(torch.arange(sizes[int(chances.argmax())]))
+        kept = spec.layout[0].index(choices, self.anatomy.sizes(self.layer))
+        assert kept is not None
+        return lambda module, args, output: narrowed(module, kept)(*args)
+
+    def _of_experts(self) -> frozenset[str]:
+        return frozenset(axis.letter for axis in self.anatomy.axes.values() if axis.active)
+
     def views(self, specs: list[TensorSpec]) -> Views:
         """How a module's tensors are seen, by name."""
         seen = {spec.name.rpartition(".")[2]: self._masks(spec) for spec in specs}
@@ -94,10 +120,10 @@ class _Likely:
 
     def _masks(self, spec: TensorSpec) -> list[Tensor]:
         """Masks to multiply a tensor with, each along one dimension."""
-        everywhere = self.letters - _read(self.anatomy, spec.layer)
+        everywhere = self.letters - _read(self.anatomy, spec.layer) - self._of_experts()
         masks = []
         for dim, dimension in enumerate(spec.layout):
-            wanted = self.letters if dim > 0 and dim == len(spec.layout) - 1 else everywhere
+            wanted = self.letters - self._of_experts() if dim > 0 and dim == len(spec.layout) - 1 else everywhere
             wanted &= dimension.letters
             if wanted:
                 line = _along(dimension, {k: self._units(k) for k in wanted}, self.anatomy.sizes(self.layer))

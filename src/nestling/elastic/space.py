@@ -135,6 +135,9 @@ class Space:
         for field in (*per_layer, *axes):
             if field != anatomy.depth_field:
                 anatomy.axis(field)
+        alike = [field for field in per_layer if field in anatomy.architecture.alike]
+        if alike:
+            raise ShapeError(f"{alike[0]} has one size in all layers of this architecture: leave it out of per_layer")
         for field, axis in anatomy.axes.items():
             layers = [layer for layer in range(anatomy.num_layers) if axis.scope == "model" or anatomy.has(axis, layer)]
             apart = field in per_layer and axis.scope == "layer"
