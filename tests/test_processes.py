@@ -5,7 +5,7 @@ import torch
 
 from nestling import processes
 from nestling.anatomy import Anatomy
-from nestling.errors import DataError
+from nestling.errors import DataError, NestlingError
 from nestling.ranking import rank
 from nestling.search import token_loss
 from nestling.surgery import choose
@@ -63,6 +63,14 @@ def test_every_row_is_in_one_process(monkeypatch):
         monkeypatch.setenv("RANK", str(number))
         seen += [row.tolist() for part in processes.share(batches()) for row in part["input_ids"]]
     assert sorted(seen) == sorted(row.tolist() for batch in batches() for row in batch["input_ids"])
+
+
+def test_processes_that_nobody_launched_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(NestlingError, match="torchrun"):
+        rank(tiny("llama-tied"), batches())
 
 
 def exchanged():

@@ -57,13 +57,22 @@ def device() -> torch.device | None:
 
 
 def start() -> dist.Store | None:
-    """Connect the processes, unless they are; returns the store they share if this call made it."""
+    """Connect the processes, unless they are; returns the store they share if this call made it.
+
+    Raises `NestlingError` when the environment names several processes but not where they meet.
+    """
     if count() == 1 or dist.is_initialized():
         return None
     own = device()
     if own is not None:
         torch.cuda.set_device(own)
-    store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
+    except (ValueError, dist.DistError) as error:
+        raise NestlingError(
+            f"WORLD_SIZE={count()} says that there are several processes, but they cannot be connected "
+            f"({str(error).splitlines()[0]}): start them with torchrun or accelerate launch, or unset WORLD_SIZE"
+        ) from error
     backend = "cuda:nccl,cpu:gloo" if own is not None else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     return store

@@ -15,6 +15,7 @@ from nestling import hub, processes
 from nestling.cli import main
 from nestling.cli.job import LOST, Job
 from nestling.ranking import Ranking
+from tests.cli.workplace import FEW
 from tests.data import toy
 from tests.distill import worker
 from tests.models import tiny
@@ -55,6 +56,18 @@ def test_rank_in_two_processes(model, tmp_path):
     assert json.loads(printed.splitlines()[-1])["tokens"] == json.loads(alone[1].splitlines()[-1])["tokens"]
     one, two = (Ranking.load(tmp_path / name) for name in ("one", "two"))
     torch.testing.assert_close(two.scores, one.scores, rtol=1e-9, atol=1e-12)
+
+
+def test_search_in_two_processes(place, tmp_path):
+    """Ranking, repair and losses of shapes: the same candidates in the same order, and one voice."""
+    command = ["search", "m", "--to", "0.8x", "--axes", "intermediate_size", *FEW]
+    alone, _ = called([*command, "--out", "one"])
+    (code, printed), silent = together(2, tmp_path, called, [*command, "--out", "two"])
+    assert (alone, code, silent) == (0, 0, (0, ""))
+    assert printed.count("report:") == 1
+    one, two = (json.loads((place / name / "summary.json").read_text())["candidates"] for name in ("one", "two"))
+    assert [candidate["shape"] for candidate in two] == [candidate["shape"] for candidate in one]
+    assert [candidate["loss"] for candidate in two] == pytest.approx([candidate["loss"] for candidate in one], rel=1e-5)
 
 
 def test_a_refused_input_is_one_sentence_once(model, tmp_path):
