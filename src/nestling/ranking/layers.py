@@ -24,6 +24,7 @@ from nestling.errors import NestlingError
 from nestling.ranking.sweep import Batch
 
 Progress = Callable[[int], None]
+Task = Callable[[PreTrainedModel], float]  # a score that is better when higher
 CHUNK = 512
 
 Head = Callable[[Tensor], Tensor]
@@ -59,25 +60,29 @@ DAMAGES: dict[str, Damage] = {"perplexity": _loss, "kl": _kl, "output_error": _o
 def leave_one_out(
     model: PreTrainedModel,
     batches: Iterable[Batch],
-    damage: str = "kl",
+    damage: str | Task = "kl",
     removed: Iterable[int] = (),
     progress: Progress | None = None,
 ) -> Tensor:
     """What each layer's absence does, mean over tokens `[num_layers]`; infinite for those `removed` already.
 
-    damage: `perplexity` (loss, over predicted tokens), `kl` or `output_error`. Padding is left out. progress: told of
-    each layer done in each batch.
+    damage: `perplexity` (loss, over predicted tokens), `kl`, `output_error`, or a function from a model to a score
+    that is better when higher, such as accuracy on a task. Padding is left out. progress: told of each layer done in
+    each batch.
     """
-    if damage not in DAMAGES:
-        raise NestlingError(f"'{damage}' is not a layer metric: choose from {', '.join(DAMAGES)}")
     anatomy, gone = Anatomy.of(model), set(removed)
     totals = torch.full((anatomy.num_layers,), float("inf"), dtype=torch.float64)
     candidates = [layer for layer in range(anatomy.num_layers) if layer not in gone]
+    if not isinstance(damage, str):
+        totals[candidates] = _task_losses(model, anatomy, damage, candidates, gone, progress)
+        return totals
+    if damage not in DAMAGES:
+        raise NestlingError(f"'{damage}' is not a layer metric: choose from {', '.join(DAMAGES)}")
     totals[candidates] = 0
     tokens = 0
     with evaluating(model):
         for batch in processes.share(batches):
-            for part in _few_rows(batch, model.device):
+            for part in few_rows(batch, model.device):
                 found, counted = _damages(model, anatomy, part, DAMAGES[damage], candidates, gone, progress)
                 totals[candidates] += found
                 tokens += counted
@@ -87,7 +92,7 @@ def leave_one_out(
 def greedy(
     model: PreTrainedModel,
     batches: Iterable[Batch],
-    damage: str = "kl",
+    damage: str | Task = "kl",
     rounds: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
@@ -109,7 +114,27 @@ def greedy(
     return scores
 
 
-def _few_rows(batch: Batch, device: torch.device) -> Iterator[dict[str, Tensor]]:
+def _task_losses(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    task: Task,
+    candidates: list[int],
+    gone: set[int],
+    progress: Progress | None,
+) -> Tensor:
+    """What the task's score loses without each candidate, beside those that are gone."""
+    layers, whole, losses = anatomy.layers(model), task(model), []
+    for layer in candidates:
+        with ExitStack() as stack:
+            for other in (*gone, layer):
+                stack.enter_context(anatomy.bypassed(layers[other]))
+            losses.append(whole - task(model))
+        if progress is not None:
+            progress(1)
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def few_rows(batch: Batch, device: torch.device) -> Iterator[dict[str, Tensor]]:
     """A batch in parts of about `CHUNK` tokens, rows of padding alone left out, and a mask that hides nothing."""
     ids = batch["input_ids"].to(device)
     mask = batch["attention_mask"].to(device) if "attention_mask" in batch else torch.ones_like(ids)
@@ -134,13 +159,13 @@ def _damages(
     real = part.get("attention_mask", torch.ones_like(ids)).bool()
     whole = decoder(model)(**part, use_cache=False).last_hidden_state
     measure, counted = damage(whole, ids, real, logits_head(model))
-    streams = _streams(model, anatomy, part, gone)
+    entering = streams(model, anatomy, part, gone)
     result = []
     for layer in candidates:
         with ExitStack() as stack:
             for other in gone | set(range(layer)):
                 stack.enter_context(anatomy.bypassed(layers[other]))
-            stack.enter_context(anatomy.bypassed(layers[layer], _always(streams[layer])))
+            stack.enter_context(anatomy.bypassed(layers[layer], _always(entering[layer])))
             cut = decoder(model)(**part, use_cache=False).last_hidden_state
         result.append(measure(cut).double().cpu())
         if progress is not None:
@@ -148,14 +173,18 @@ def _damages(
     return torch.stack(result), counted
 
 
-def _streams(model: PreTrainedModel, anatomy: Anatomy, part: dict[str, Tensor], gone: set[int]) -> list[Tensor]:
-    """What enters each layer `[batch, seq, hidden]` when those in `gone` are left out."""
+def streams(
+    model: PreTrainedModel, anatomy: Anatomy, part: dict[str, Tensor], gone: set[int], with_last: bool = False
+) -> list[Tensor]:
+    """What enters each layer `[batch, seq, hidden]` when those in `gone` are left out, and what leaves the last."""
     streams: list[Tensor] = []
     with ExitStack() as stack:
         for index, layer in enumerate(anatomy.layers(model)):
             stack.callback(layer.register_forward_pre_hook(_store(streams), with_kwargs=True).remove)
             if index in gone:
                 stack.enter_context(anatomy.bypassed(layer))
+        if with_last:
+            stack.callback(anatomy.layers(model)[-1].register_forward_hook(_store_output(streams)).remove)
         decoder(model)(**part, use_cache=False)
     return streams
 
@@ -167,5 +196,12 @@ def _always(stream: Tensor) -> Callable[[Tensor], Tensor]:
 def _store(streams: list[Tensor]) -> Callable[..., None]:
     def hook(module: object, args: tuple, kwargs: Mapping[str, Tensor]) -> None:
         streams.append(args[0] if args else kwargs["hidden_states"])
+
+    return hook
+
+
+def _store_output(streams: list[Tensor]) -> Callable[..., None]:
+    def hook(module: object, args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+        streams.append(output[0] if isinstance(output, tuple) else output)
 
     return hook

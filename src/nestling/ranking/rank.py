@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from nestling.anatomy import Anatomy, Axis
 from nestling.errors import NestlingError
+from nestling.ranking.blocks import block_scores, blocks
 from nestling.ranking.experts import removal_errors
-from nestling.ranking.layers import DAMAGES, greedy, leave_one_out
+from nestling.ranking.layers import DAMAGES, Task, greedy, leave_one_out
 from nestling.ranking.metrics import Metric, find_metric
 from nestling.ranking.ranking import Ranking, Scores
 from nestling.ranking.sweep import Batch, Measured, sweep
@@ -34,6 +35,8 @@ def rank(
     layers: str = "block_influence",
     greedy_layers: int = 0,
     progress: Callable[[int], None] | None = None,
+    layer_block: int = 0,
+    task: Task | None = None,
 ) -> Ranking:
     """Score every axis of the model on calibration batches.
 
@@ -47,10 +50,12 @@ def rank(
     layers: `block_influence` (in the same sweep), or `perplexity`, `kl`, `output_error` when each is left out in turn.
     greedy_layers: remove this many layers one after another, scoring anew each time (not for block influence).
     progress: told the number of tokens of each batch of the sweep.
+    layer_block: rank layers so that the least missed block of so many neighbours goes first (see `ranking.blocks`).
+    task: a function from a model to a score that is better when higher; layers are then scored by what it loses.
 
     Raises `NestlingError` for an unknown metric, `DataError` when there are no batches.
     """
-    check_layer_metric(layers, greedy_layers)
+    check_layer_metric(layers, 0 if task else greedy_layers)
     anatomy = Anatomy.of(model)
     chosen = dict.fromkeys(anatomy.axes, metric) if isinstance(metric, str) else dict(metric or {})
     names = {axis.field: axis.metric for axis in anatomy.axes.values()} | {
@@ -62,16 +67,17 @@ def rank(
         for field, name in names.items()
         if field not in removed
     }
-    if layers != "block_influence" or removed:
+    if layers != "block_influence" or removed or layer_block:
         batches = list(batches)
     measured = sweep(model, batches, metrics, progress)
     scores: dict[str, Scores] = {field: _combined(anatomy, field, measured) for field in metrics}
     scores |= {field: removal_errors(model, batches) for field in removed}
-    scores[anatomy.depth_field] = _layer_scores(model, batches, measured, layers, greedy_layers)
+    scores[anatomy.depth_field] = _layer_scores(model, batches, measured, task or layers, greedy_layers, layer_block)
     info = {
         "metric": names,
-        "layers": layers,
+        "layers": layers if task is None else "task",
         "greedy_layers": greedy_layers,
+        "layer_block": layer_block,
         "tokens": measured.tokens,
         "model_type": anatomy.architecture.model_type,
     }
@@ -112,8 +118,16 @@ def _combined(anatomy: Anatomy, field: str, measured: Measured) -> Scores:
 
 
 def _layer_scores(
-    model: PreTrainedModel, batches: Iterable[Batch], measured: Measured, layers: str, greedy_layers: int
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    measured: Measured,
+    layers: str | Task,
+    greedy_layers: int,
+    layer_block: int,
 ) -> Tensor:
+    if layer_block:
+        harms = blocks(model, batches, layer_block, layers)
+        return block_scores(harms, layer_block, measured.influence)
     if layers == "block_influence":
         return measured.influence
     if greedy_layers:

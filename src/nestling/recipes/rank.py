@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from transformers import PreTrainedModel
 
+from nestling import evaluate
 from nestling.anatomy import Anatomy
+from nestling.errors import NestlingError
+from nestling.evaluate.pairs import read_pairs
 from nestling.ranking import Ranking, rank
 from nestling.recipes.progress import bar, console
 from nestling.recipes.run import check_place, write_atomically
 from nestling.recipes.settings import CalibrationSettings, at_least, check_metrics
 from nestling.recipes.source import Source, in_batches
+from nestling.shape import Shape
+from nestling.surgery.iterate import rank_iteratively
 from nestling.train import documented
 
 
@@ -32,6 +39,10 @@ class RankSettings(CalibrationSettings):
         over_sequence: Aggregation inside a row: mean, l2 or var; the metric's own unless given.
         layers: Importance of layers: block_influence, perplexity, kl or output_error.
         greedy_layers: Remove so many layers one after another, scoring anew each time.
+        layer_block: Rank layers so that the least missed block of so many neighbours goes first; the last layer stays.
+        layer_task: Score layers by accuracy instead: a file or folder of minimal pairs, or tasks of lm-eval.
+        rounds: Score width units so many times, each time on what would be left on the way to `to_shape`.
+        to_shape: Shape that the rounds lead to: FIELD=NUMBER,... or a JSON file.
     """
 
     model: str
@@ -43,30 +54,60 @@ class RankSettings(CalibrationSettings):
     over_sequence: str | None = None
     layers: str = "block_influence"
     greedy_layers: int = 0
+    layer_block: int = 0
+    layer_task: str | None = None
+    rounds: int = 1
+    to_shape: str | None = None
 
 
 def rank_model(settings: RankSettings) -> dict[str, Any]:
     """Rank a model and write the ranking; returns where it is and what it covers."""
     at_least("batch_size", settings.batch_size, 1)
-    check_metrics(settings.metric, settings.layers, settings.greedy_layers)
+    check_metrics(settings.metric, settings.layers, 0 if settings.layer_task else settings.greedy_layers)
+    if settings.layer_block and settings.greedy_layers:
+        raise NestlingError("layer_block and greedy_layers are two ways to rank layers: give one of them")
     check_place(Path(settings.out))
+    if settings.rounds > 1 and settings.to_shape is None:
+        raise NestlingError("rounds lead to a shape: say which with --to_shape intermediate_size=1024")
+    target = Shape.parse(settings.to_shape) if settings.to_shape else None
     source = Source.open(settings)
     rows = source.calibration(settings, settings.tokens)
-    with bar("tokens", rows.numel()) as advance:
-        ranking = rank(
-            source.model,
-            in_batches(rows, settings.batch_size),
-            settings.metric,
-            settings.over_batch,
-            settings.over_sequence,
-            settings.layers,
-            settings.greedy_layers,
-            advance,
-        )
+    with bar("tokens", rows.numel() * settings.rounds) as advance:
+        how = {
+            "metric": settings.metric,
+            "over_batch": settings.over_batch,
+            "over_sequence": settings.over_sequence,
+            "layers": settings.layers,
+            "greedy_layers": settings.greedy_layers,
+            "layer_block": settings.layer_block,
+            "task": _task(settings, source),
+            "progress": advance,
+        }
+        batches = in_batches(rows, settings.batch_size)
+        if target is not None:
+            ranking = rank_iteratively(source.model, batches, target, settings.rounds, **how)
+        else:
+            ranking = rank(source.model, batches, **how)  # type: ignore[arg-type]
     write_atomically(Path(settings.out), ranking.save)
     console.print(_overview(Anatomy.of(source.model), ranking))
     console.print(f"ranking: {settings.out}")
     return {"ranking": settings.out, "axes": list(ranking.scores), **ranking.info}
+
+
+def _task(settings: RankSettings, source: Source) -> Callable[[PreTrainedModel], float] | None:
+    """Accuracy on what `layer_task` names: minimal pairs if it is a path, else the mean over tasks of lm-eval."""
+    what = settings.layer_task
+    if what is None:
+        return None
+    if Path(what).exists() or what.endswith(".jsonl"):
+        read_pairs(what)
+        return lambda model: evaluate.minimal_pairs(model, source.tokenizer, what).accuracy
+
+    def accuracy(model: PreTrainedModel) -> float:
+        found = evaluate.harness(model, source.tokenizer, what)
+        return sum(values["acc,none"] for values in found.values()) / len(found)
+
+    return accuracy
 
 
 def _overview(anatomy: Anatomy, ranking: Ranking) -> Table:

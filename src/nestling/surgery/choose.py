@@ -106,6 +106,12 @@ def check_ranking(anatomy: Anatomy, ranking: Ranking) -> None:
             )
 
 
+def flat_units(selection: Selection, axis: Axis, layer: int) -> Tensor:
+    """The kept units of an axis in a kept layer, counted through all groups as scores are `[kept]`."""
+    choices = selection.choices[selection.form.layers.index(layer)]
+    return _flat((*axis.within, axis.letter), choices, selection.anatomy.sizes(layer)).flatten()
+
+
 def _choices(anatomy: Anatomy, ranking: Ranking, form: Form, position: int, ascending: bool) -> dict[str, Choice]:
     layer, sizes = form.layers[position], form.sizes[position]
     choices: dict[str, Choice] = {}
