@@ -47,15 +47,19 @@ def measure(
     work: Work,
     progress: Callable[[int], None] | None = None,
     count: int = PROBES,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[Sample]]:
-    """Part -> its times at the sizes of each of some models. progress: told of each model that is done."""
+    """Part -> its times at the sizes of each of some models. progress: told of each model that is done.
+
+    clock: gives seconds; with one thread on a machine that others use, `time.process_time` tells more.
+    """
     layers = _layers(anatomy, dtype)
     shapes = probes(anatomy, layers, count)
     fastest: dict[tuple[int, str], Sample] = {}
     for turn in range(ROUNDS):
         order = list(enumerate(shapes))
         for number, shape in order if turn % 2 == 0 else reversed(order):
-            for name, sample in _timed(anatomy, shape, layers, device, dtype, work).items():
+            for name, sample in _timed(anatomy, shape, layers, (device, dtype), work, clock).items():
                 known = fastest.get((number, name))
                 if known is None or sample.seconds < known.seconds:
                     fastest[number, name] = sample
@@ -97,15 +101,20 @@ def probes(anatomy: Anatomy, layers: int, count: int) -> list[dict[str, int]]:
 
 
 def _timed(
-    anatomy: Anatomy, sizes: dict[str, int], layers: int, device: torch.device, dtype: torch.dtype, work: Work
+    anatomy: Anatomy,
+    sizes: dict[str, int],
+    layers: int,
+    kept: tuple[torch.device, torch.dtype],
+    work: Work,
+    clock: Callable[[], float],
 ) -> dict[str, Sample]:
     """Build a model of these sizes and time its parts, each by the median over steps and layers."""
     pricing = Pricing(anatomy)
     config = child_config(anatomy, pricing.form(pricing.capped(sizes), check_config=False))
-    with torch.random.fork_rng(enabled=True), device:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.random.fork_rng(enabled=True), kept[0]:
+        model = AutoModelForCausalLM.from_config(config, dtype=kept[1]).eval()
     child = Anatomy.of(model)
-    taken = _decode(model, child, work)
+    taken = _decode(model, child, work, clock)
     medians: dict[str, list[float]] = {}
     for part, seconds in taken.items():
         medians.setdefault(part.name, []).extend(seconds)
@@ -118,23 +127,25 @@ def _timed(
     return samples
 
 
-def _decode(model: PreTrainedModel, anatomy: Anatomy, work: Work) -> dict[Part, list[float]]:
+def _decode(
+    model: PreTrainedModel, anatomy: Anatomy, work: Work, clock: Callable[[], float]
+) -> dict[Part, list[float]]:
     """Seconds of every part in each of a few steps of decoding."""
     prompt = torch.ones(work.batch, work.context, dtype=torch.long, device=model.device)
-    clock = _Clock(model.device)
+    hooks = _Clock(model.device, clock)
     with evaluating(model):
         cached = decoder(model)(input_ids=prompt, use_cache=True).past_key_values
-        with clock.on(model, anatomy):
+        with hooks.on(model, anatomy):
             for _ in range(2 + STEPS):
                 model(input_ids=prompt[:, :1], past_key_values=cached, use_cache=True)
-    return {part: seconds[2:] for part, seconds in clock.shares(anatomy).items()}
+    return {part: seconds[2:] for part, seconds in hooks.shares(anatomy).items()}
 
 
 class _Clock:
     """Hooks that note how long modules take."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, clock: Callable[[], float]):
+        self.device, self.clock = device, clock
         self.seconds: dict[str, list[float]] = {}
         self._started: dict[str, float] = {}
 
@@ -178,4 +189,4 @@ class _Clock:
     def _now(self) -> float:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
-        return time.perf_counter()
+        return self.clock()
