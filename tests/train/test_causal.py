@@ -4,19 +4,20 @@ import pytest
 import torch
 
 from nestling.train import CausalLM, TrainSettings, fit
-from tests.models import VARIANTS, tiny, token_batches
+from tests.models import VARIANTS, in_float64, tiny, token_batches
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_loss_and_gradients_are_the_models_own(variant):
     model, ids = tiny(variant), token_batches(1)[0]["input_ids"]
-    expected = model(input_ids=ids, labels=ids).loss
-    expected.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], 1)
-    found = CausalLM(model)(ids, labels)
-    found["loss"].backward()
+    with in_float64():
+        expected = model(input_ids=ids, labels=ids).loss
+        expected.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], 1)
+        found = CausalLM(model)(ids, labels)
+        found["loss"].backward()
     torch.testing.assert_close(found["loss"].float(), expected.float(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found["ce"], found["loss"].detach())
     for name, gradient in gradients.items():

@@ -246,7 +246,7 @@ def _attention(
 
 
 def _rotated(rotate: Any, rotary: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    return rotate(query, key, *rotary)
+    return (query, key) if rotary is None else rotate(query, key, *rotary)  # None where a config has no positions
 
 
 def _as_it_is(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
