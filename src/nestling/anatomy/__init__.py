@@ -3,7 +3,7 @@
 import nestling.anatomy.architectures  # noqa: F401  registers every architecture
 from nestling.anatomy.anatomy import Anatomy, Place, TensorSpec
 from nestling.anatomy.declare import ARCHITECTURES, Architecture, Axis, Rescale, Routed, architecture_of, register
-from nestling.anatomy.head import decoder, logits_head
+from nestling.anatomy.head import cache_name, decoder, logits_head
 from nestling.anatomy.per_layer import register_per_layer
 from nestling.anatomy.scan import suited_scans
 from nestling.experts import register_experts
@@ -21,6 +21,7 @@ __all__ = [
     "Routed",
     "TensorSpec",
     "architecture_of",
+    "cache_name",
     "decoder",
     "logits_head",
     "register",

@@ -6,6 +6,7 @@ does to its logits (a divisor, a factor, a soft cap) is in its declaration and a
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -41,6 +42,11 @@ def logits_head(model: PreTrainedModel) -> Head:
         return logits
 
     return head
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """What a model calls its cache, as argument and in its output: `cache`, or `past_key_values` in older versions."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 def _number(config: object, name: str | None) -> float | None:

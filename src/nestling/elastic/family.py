@@ -7,7 +7,6 @@ and, for each member, its shape and whether it was trained. `family["0.5x"]` is 
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from nestling import hub
-from nestling.anatomy import Anatomy
+from nestling.anatomy import Anatomy, cache_name
 from nestling.cost import Cost, cost_of_form
 from nestling.elastic.between import between
 from nestling.elastic.handover import handover
@@ -117,8 +116,8 @@ class Family(Mapping[str, PreTrainedModel]):
             read = self[prefill](
                 input_ids=input_ids[:, :-1], attention_mask=None if mask is None else mask[:, :-1], use_cache=True
             )
-        cache = self.handover(read[_cache_name(self[prefill])], prefill, member)
-        return model.generate(input_ids, **{_cache_name(model): cache}, **options)
+        cache = self.handover(read[cache_name(self[prefill])], prefill, member)
+        return model.generate(input_ids, **{cache_name(model): cache}, **options)
 
     def handover(self, cache: Cache, before: str, after: str) -> Cache:
         """The cache that `before` has filled, as `after` reads it; the old one stays as it is."""
@@ -158,11 +157,6 @@ def sorted_order(anatomy: Anatomy, order: Sequence[int]) -> Any:
     """The ranking of a sorted parent whose layers are in this order of importance."""
     scores = -torch.as_tensor(order).argsort().float()
     return prefix_ranking(anatomy, scores)
-
-
-def _cache_name(model: PreTrainedModel) -> str:
-    """What a model calls its cache: `cache`, or `past_key_values` before transformers 5.23."""
-    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 def _record(path: Path) -> tuple[list[int], dict[str, Entry], dict[str, Any]]:

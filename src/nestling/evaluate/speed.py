@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nestling.anatomy import cache_name
 from nestling.anatomy.bypass import evaluating
 from nestling.errors import DataError
 
@@ -79,13 +80,14 @@ def _measure(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[f
     """Seconds of one prefill and of `new_tokens` decoding steps after it."""
     # Only the last position's logits are needed; whole-prompt logits would be most of a small model's prefill.
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    cache = cache_name(model)
     with evaluating(model):
         start = _now(model)
         output = model(input_ids=prompt, use_cache=True, **last)
         middle = _now(model)
         for _ in range(new_tokens):
             token = output.logits[:, -1:].argmax(-1)
-            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, **last)
+            output = model(input_ids=token, use_cache=True, **{cache: output[cache]}, **last)
         return middle - start, _now(model) - middle
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from nestling.anatomy import Anatomy, decoder
+from nestling.anatomy import Anatomy, cache_name, decoder
 from nestling.anatomy.bypass import evaluating
 from nestling.search.parts import Part, Work, parts
 from nestling.search.space import Pricing, allowed, grid
@@ -132,12 +132,12 @@ def _decode(
 ) -> dict[Part, list[float]]:
     """Seconds of every part in each of a few steps of decoding."""
     prompt = torch.ones(work.batch, work.context, dtype=torch.long, device=model.device)
-    hooks = _Clock(model.device, clock)
+    hooks, name = _Clock(model.device, clock), cache_name(model)
     with evaluating(model):
-        cached = decoder(model)(input_ids=prompt, use_cache=True).past_key_values
+        cached = {name: getattr(decoder(model)(input_ids=prompt, use_cache=True), name)}
         with hooks.on(model, anatomy):
             for _ in range(2 + STEPS):
-                model(input_ids=prompt[:, :1], past_key_values=cached, use_cache=True)
+                model(input_ids=prompt[:, :1], use_cache=True, **cached)
     return {part: seconds[2:] for part, seconds in hooks.shares(anatomy).items()}
 
 
