@@ -19,6 +19,7 @@ def test_a_member_computes_what_the_cut_model_computes(variant):
         member, child = Member(model, selected(model, ranking, shape)), prune(model, ranking, shape)
         with in_float64():
             torch.testing.assert_close(logits(member.model, IDS), logits(child, IDS), **EXACT)
+        assert member.model.num_parameters() == child.num_parameters()
 
 
 @pytest.mark.parametrize("variant", ["llama", "phi3", "olmo2", "nemotron_h", "llama-tied"])

@@ -11,6 +11,7 @@ the parent and the step costs what the member costs. Nothing here knows an archi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,7 +66,10 @@ class Blocks(nn.Module):
         self, weight: Tensor, rows: list[tuple[int, int]], columns: list[tuple[int, int]], bias: Tensor | None
     ):
         super().__init__()
-        self.blocks = [[weight[r : r + m, c : c + n] for c, n in columns] for r, m in rows]
+        self.blocks = [
+            [nn.Parameter(weight[r : r + m, c : c + n], requires_grad=False) for c, n in columns] for r, m in rows
+        ]
+        self.windows = nn.ParameterList(itertools.chain(*self.blocks))  # counted among the parameters
         self.columns = [n for _, n in columns]
         self.in_features, self.out_features = sum(self.columns), sum(n for _, n in rows)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -146,7 +150,10 @@ class Member:
             kept = part.of(tensor)
             self.copied_bytes += 0 if _shares(kept, tensor) else kept.numel() * kept.element_size()
             held[key] = nn.Parameter(kept, requires_grad=False)
-        part.module._parameters[part.attribute] = held[key]
+        if part.attribute in part.module._buffers:
+            part.module._buffers[part.attribute] = held[key].data
+        else:
+            part.module._parameters[part.attribute] = held[key]
 
     def _scale_outputs(self) -> None:
         for rescale, factor in _rescales(self.selection):
