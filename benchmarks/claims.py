@@ -1,18 +1,22 @@
 """`make bench`: every claim that the benchmarks have recorded, beside the figure of the paper it is held against.
 
-Reads `benchmarks/results/<area>/<name>.json`, of which it needs `claims`: a map from a claim's name to
-`{"value", "spread": [min, max], "seeds", "paper", "unit", "how"}`; any part but the value may be missing. Runs nothing.
+One line a claim, and below it what was measured. Reads `benchmarks/results/<area>/<name>.json`, of which it needs
+`claims`: a map from a claim's name to `{"value", "spread": [min, max], "seeds", "paper", "unit", "how"}`; any part but
+the value may be missing. Runs nothing.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
+from rich.text import Text
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -23,24 +27,35 @@ def main() -> None:
     if not rows:
         console.print(f"no claims in {RESULTS}: run a benchmark under benchmarks/ first")
         return
-    table = Table("area", title="claims", title_justify="left")
-    table.add_column("claim", no_wrap=True)
-    table.add_column("value", justify="right")
-    table.add_column("paper", justify="right")
-    table.add_column("spread")
-    table.add_column("how")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    console.print(f"{'value':>16} {'paper':>5} {'spread':>16} seeds  claim", style="bold")
+    for area, group in groupby(rows, key=attrgetter("area")):
+        console.print(f"\n{area}", style="bold")
+        for row in group:
+            figures = f"{row.value:>16} {row.paper:>5} {row.spread:>16} {row.seeds:>5}"
+            console.print(figures, row.name, highlight=False, soft_wrap=True)
+            console.print(Padding(Text(row.how, style="dim"), (0, 0, 0, 6)))
 
 
-def claims(folder: Path) -> Iterator[tuple[str, ...]]:
-    """One row of text per claim: area, claim, value, paper's figure, spread over seeds, how it was measured."""
+class Row(NamedTuple):
+    """A claim as text: area, name, value, paper's figure, spread and number of seeds, how it was measured."""
+
+    area: str
+    name: str
+    value: str
+    paper: str
+    spread: str
+    seeds: str
+    how: str
+
+
+def claims(folder: Path) -> Iterator[Row]:
+    """The recorded claims, area by area."""
     for path in sorted(folder.rglob("*.json")):
         recorded = json.loads(path.read_text()).get("claims") or {}
+        area = path.parent.relative_to(folder).as_posix()
         for name, claim in sorted(recorded.items()):
-            area = path.parent.relative_to(folder).as_posix()
-            yield area, name, _value(claim), _number(claim.get("paper")), _spread(claim), str(claim.get("how", ""))
+            figures = (_value(claim), _number(claim.get("paper")), _spread(claim), _seeds(claim))
+            yield Row(area, name, *figures, str(claim.get("how", "")))
 
 
 def _value(claim: Mapping[str, Any]) -> str:
@@ -49,7 +64,12 @@ def _value(claim: Mapping[str, Any]) -> str:
 
 def _spread(claim: Mapping[str, Any]) -> str:
     spread = claim.get("spread")
-    return f"{_number(spread[0])} to {_number(spread[1])}" if spread else "-"
+    return f"{spread[0]:.3g} to {spread[1]:.3g}" if spread else "-"
+
+
+def _seeds(claim: Mapping[str, Any]) -> str:
+    seeds = claim.get("seeds")
+    return str(len(seeds) if isinstance(seeds, list) else seeds or "-")
 
 
 def _number(value: object) -> str:
