@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nestling.cli import main
 from nestling.data import documents, train_tokenizer
 from nestling.errors import CheckpointError, DataError, NestlingError
-from nestling.pretrain import PRESETS, architecture_config, build, pretrain
-from nestling.recipes.pretrain import fields
+from nestling.pretrain import PRESETS, PretrainSettings, architecture_config, build, pretrain
+from nestling.recipes.pretrain import PretrainVerb, fields, pretrain_model
 from nestling.train import CausalLM
 from nestling.train.rows import shifted
 from tests.models import in_float64, tiny, token_batches
+from tests.several import together
 
 SMALL = {
     "model_type": "nemotron_h",
@@ -187,3 +188,24 @@ def fails_in_step(number):
             raise RuntimeError("power cut")
 
     return begin
+
+
+def test_two_processes_write_one_checkpoint(tmp_path):
+    """The tokenizer, the model and its loss are made once, by the first, and are those of one process."""
+    corpus, file = tmp_path / "text.txt", write(tmp_path / "small.yaml", SMALL)
+    corpus.write_text("\n\n".join(f"the {i} quick brown foxes jump over {i * 7} lazy dogs" for i in range(300)))
+    training = PretrainSettings(steps=2, context=16, batch_size=4, save_every=0)
+
+    def job(out):
+        settings = PretrainVerb(
+            str(file), data=str(corpus), out=str(out), vocab_size=280, evaluation_tokens=64, train=training
+        )
+        return pretrain_model(settings), pretrain_model(settings)
+
+    expected = job(tmp_path / "one")[0]
+    for first, again in together(2, tmp_path, job, tmp_path / "two"):
+        assert first == again
+        assert first["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("one", "two"))
+    torch.testing.assert_close(dict(two.named_parameters()), dict(one.named_parameters()), rtol=1e-3, atol=1e-5)
+    assert sorted(path.name for path in (tmp_path / "two").iterdir() if path.name.startswith(".")) == []

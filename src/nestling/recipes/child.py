@@ -239,10 +239,10 @@ class Child:
         return self.shape
 
     def prune(self) -> None:
-        self._once("pruned", lambda: self.origin.prune(self.shape))
+        self.run.model("pruned", lambda: self.origin.prune(self.shape), self.parent.tokenizer)
 
     def distill(self) -> None:
-        self._once("model", self._distilled)
+        self.run.model("model", self._distilled, self.parent.tokenizer)
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -292,9 +292,3 @@ class Child:
             run_dir=self.run.folder,
             cache=parent.cache,
         )
-
-    def _once(self, name: str, make: Callable[[], PreTrainedModel]) -> None:
-        """Make a model and keep it under `name`, unless it is there."""
-        if not self.run.has(name):
-            model = make()
-            processes.first(lambda: str(hub.save(model, self.run.path(name), self.parent.tokenizer)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nestling import hub, processes
 from nestling.distill import Cache, DistillSettings, distill
 from nestling.errors import NestlingError
 from nestling.recipes.progress import console
@@ -52,12 +51,8 @@ def distill_model(settings: DistillVerb) -> dict[str, Any]:
         source = Source.open(where, "teacher")
         teacher, tokenizer = source.model, tokenizer or source.tokenizer
     run = Run("distill", settings, settings.out, settings.overwrite)
-    target = run.path("model")
-    if not run.has("model"):
-        child = distill(
-            student, teacher, settings.data, tokenizer, settings.distill, run.folder, cache=settings.teacher_cache
-        )
-        processes.first(lambda: str(hub.save(child, target, tokenizer)))
+    how = (settings.data, tokenizer, settings.distill, run.folder)
+    target = run.model("model", lambda: distill(student, teacher, *how, cache=settings.teacher_cache), tokenizer)
     console.print(f"model: {target}")
     return {"model": str(target), "tokens": settings.distill.tokens}
 

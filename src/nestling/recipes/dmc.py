@@ -16,8 +16,9 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from nestling import data, dmc, evaluate, hub
+from nestling import data, dmc, evaluate
 from nestling.dmc import RetrofitSettings
 from nestling.dmc.show import Merges, merges
 from nestling.errors import NestlingError
@@ -105,13 +106,8 @@ def retrofit_model(settings: RetrofitVerb) -> dict[str, Any]:
     stages, context = Stages(3), settings.train.context
     with stages("measure the model as it is"):
         before = run.values("before.json", lambda: _perplexity(source, settings.data, settings, context))
-    target = run.path("model")
     with stages(f"retrofit to {settings.ratio:g} tokens per slot"):
-        if not target.exists():
-            dmc.retrofit(source.model, settings.data, source.tokenizer, settings.train, run_dir=run.folder)
-            found = dmc.measure(source.model, _batches(source, settings.data, "validation", settings, context))
-            source.model.config.dmc["measured"] = found.to_dict()
-            hub.save(source.model, target, source.tokenizer)
+        target = run.model("model", lambda: _retrofitted(settings, source, run), source.tokenizer)
     with stages("measure the model as it became"):
         result = run.values("measured.json", lambda: _measured(settings, str(target), before))
     run.write("report.html", _page(str(target), result["compression"]))
@@ -146,6 +142,15 @@ def dmc_eval(settings: DmcEval) -> dict[str, Any]:
     result = {"perplexity": loss["perplexity"], "compression": found.to_dict()} | _cached(source, settings)
     console.print(_summary(result))
     return result
+
+
+def _retrofitted(settings: RetrofitVerb, source: Source, run: Run) -> PreTrainedModel:
+    """The model of the source, in place, with what it merges on text that it has not seen in its config."""
+    model, context = source.model, settings.train.context
+    dmc.retrofit(model, settings.data, source.tokenizer, settings.train, run_dir=run.folder)
+    found = dmc.measure(model, _batches(source, settings.data, "validation", settings, context))
+    model.config.dmc["measured"] = found.to_dict()
+    return model
 
 
 def _measured(settings: RetrofitVerb, target: str, before: dict[str, float]) -> dict[str, Any]:

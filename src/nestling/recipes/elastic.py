@@ -113,7 +113,7 @@ def elastic_extract(settings: ElasticExtract) -> dict[str, Any]:
     """Write a member as a checkpoint of its own; returns where it is and what it is."""
     family = _load(settings, settings.family)
     entry, child = family.entry(settings.member), family.extract(settings.member)
-    hub.save(child, settings.out, family.tokenizer, overwrite=settings.overwrite)
+    processes.first(lambda: str(hub.save(child, settings.out, family.tokenizer, overwrite=settings.overwrite)))
     note = "" if entry.trained else " (interpolated: no member was trained for this budget)"
     console.print(f"{count(child.num_parameters())} parameters{note}\nmodel: {settings.out}")
     return {"model": settings.out, "trained": entry.trained, "shape": entry.shape.to_dict()}

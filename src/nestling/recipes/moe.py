@@ -17,7 +17,7 @@ from nestling.data import packed
 from nestling.errors import CheckpointError, NestlingError, ShapeError
 from nestling.pretrain import architecture_config, build, names_checkpoint
 from nestling.ranking import Ranking, rank
-from nestling.recipes.pretrain import fields, given_tokenizer, trained_tokenizer, validated
+from nestling.recipes.pretrain import fields, given_tokenizer, load_trained, trained_tokenizer, validated
 from nestling.recipes.progress import bar, console
 from nestling.recipes.run import Run
 from nestling.recipes.settings import CalibrationSettings, ModelSettings
@@ -169,18 +169,17 @@ def train_mixture(settings: MixtureVerb) -> dict[str, Any]:
     given = given_tokenizer(settings)
     run = Run("moe train", settings, settings.out, settings.overwrite)
     tokenizer = given or trained_tokenizer(settings, run)
-    target = run.path("model")
-    if target.exists():
-        model, _ = hub.load(target, device=settings.device)
-    else:
+
+    def trained() -> PreTrainedModel:
         if config is None:
             model = hub.load(settings.architecture, dtype="float32", device=settings.device)[0]
         else:
             model = build(config, tokenizer, settings.train.seed, settings.device)
         console.print(f"{model.config.model_type}, {count(model.num_parameters())} parameters")
-        moe.train(model, settings.data, tokenizer, settings.train, run.folder)
-        hub.save(model, target, tokenizer)
-    summary = run.values("trained.json", lambda: _summary(settings, model, tokenizer))
+        return moe.train(model, settings.data, tokenizer, settings.train, run.folder)
+
+    target = run.model("model", trained, tokenizer)
+    summary = run.values("trained.json", lambda: _summary(settings, target, tokenizer))
     load = summary["load"]
     console.print(f"validation loss {figure(summary['loss'])}; busiest expert {figure(load['max_load'])}x the mean")
     console.print(f"model: {target}")
@@ -196,9 +195,10 @@ def _mixture(settings: MixtureVerb) -> PreTrainedConfig:
     return moe.mixture_config(config, *numbers, post=settings.normalize)
 
 
-def _summary(settings: MixtureVerb, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _summary(settings: MixtureVerb, folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     rows = packed(settings.data, tokenizer, context=settings.train.context, tokens=8192, seed=settings.train.seed)
     ids = torch.stack([torch.as_tensor(row["input_ids"]) for row in rows])
+    model = load_trained(settings, folder)
     loads = moe.loads(model, in_batches(ids))
     load = {**moe.health(loads), "per_layer": [[int(slots) for slots in layer] for layer in loads]}
     return validated(settings, model, tokenizer) | {"load": load}
@@ -232,7 +232,7 @@ def _kept(text: str, experts: int) -> int:
 
 
 def _check_out(out: str, overwrite: bool) -> None:
-    if Path(out).exists() and not overwrite:
+    if processes.first(Path(out).exists) and not overwrite:
         raise CheckpointError(f"'{out}' exists: name another folder with --out, or give --overwrite")
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nestling import evaluate, hub
+from nestling import evaluate, hub, processes
 from nestling.cost import cost
 from nestling.data import check_tokenizer, train_tokenizer
 from nestling.errors import DataError, NestlingError
@@ -64,16 +65,15 @@ def pretrain_model(settings: PretrainVerb) -> dict[str, Any]:
         check_tokenizer(given, config.vocab_size)
     run = Run("pretrain", settings, settings.out, settings.overwrite)
     tokenizer = given or trained_tokenizer(settings, run)
-    target = run.path("model")
-    if target.exists():
-        model, _ = hub.load(target, device=settings.device)
-    else:
-        own = settings.tokenizer is None and given is not None
+    own = settings.tokenizer is None and given is not None
+
+    def trained() -> PreTrainedModel:
         model = build(config, None if own else tokenizer, settings.train.seed, settings.device)
         console.print(f"{config.model_type}, {count(model.num_parameters())} parameters")
-        pretrain(model, settings.data, tokenizer, settings.train, run_dir=run.folder)
-        hub.save(model, target, tokenizer)
-    summary = run.values("pretrained.json", lambda: validated(settings, model, tokenizer))
+        return pretrain(model, settings.data, tokenizer, settings.train, run_dir=run.folder)
+
+    target = run.model("model", trained, tokenizer)
+    summary = run.values("pretrained.json", lambda: validated(settings, load_trained(settings, target), tokenizer))
     console.print(f"validation loss {figure(summary['loss'])}\nmodel: {target}")
     return {"model": str(target), **summary}
 
@@ -105,13 +105,22 @@ def given_tokenizer(settings: Any) -> PreTrainedTokenizerBase | None:
 def trained_tokenizer(settings: Any, run: Run) -> PreTrainedTokenizerBase:
     """One of `vocab_size` tokens made from the data, kept in the run folder."""
     folder = run.path("tokenizer")
-    if not folder.exists():
-        with hub.replacing(folder) as partial:
-            made = train_tokenizer(settings.data, settings.vocab_size, seed=settings.train.seed)
-            made.save_pretrained(partial)
+    if not run.has("tokenizer"):
+        processes.first(lambda: _train_tokenizer(settings, folder))
     found = load_tokenizer(folder)
     assert found is not None, "the folder has just been written"
     return found
+
+
+def _train_tokenizer(settings: Any, folder: Path) -> None:
+    with hub.replacing(folder) as partial:
+        made = train_tokenizer(settings.data, settings.vocab_size, seed=settings.train.seed)
+        made.save_pretrained(partial)
+
+
+def load_trained(settings: Any, folder: Path) -> PreTrainedModel:
+    """The model that was saved, whole in every process."""
+    return hub.load(folder, device=settings.device)[0]
 
 
 def validated(settings: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

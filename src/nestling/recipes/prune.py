@@ -58,7 +58,7 @@ def prune_model(settings: PruneSettings) -> dict[str, Any]:
     """Cut a model and save it; returns its shape and cost."""
     if (settings.to is None) == (settings.shape is None):
         raise TargetError("prune takes either --to or --shape: say --to 0.5x, or --shape intermediate_size=1152")
-    if Path(settings.out).exists() and not settings.overwrite:
+    if processes.first(Path(settings.out).exists) and not settings.overwrite:
         raise CheckpointError(f"'{settings.out}' exists: name another folder with --out, or give --overwrite")
     check_merge(settings.merge)
     given = Ranking.load(settings.ranking) if settings.ranking else None

@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 
 import yaml
 from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nestling import processes
+from nestling import hub, processes
 from nestling.errors import CheckpointError
 
 T = TypeVar("T")
@@ -58,6 +59,16 @@ class Run:
     def values(self, name: str, make: Callable[[], Any]) -> Any:
         """As `stage`, for plain values kept as JSON."""
         return self.stage(name, make, lambda value, path: path.write_text(json.dumps(value, indent=1)), read_json)
+
+    def model(
+        self, name: str, make: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> Path:
+        """The folder of the model kept under `name`: what `make` returns, saved first unless it is there."""
+        path = self.path(name)
+        if not self.has(name):
+            made = make()
+            processes.first(lambda: str(hub.save(made, path, tokenizer)))
+        return path
 
     def write(self, name: str, text: str) -> Path:
         """Replace a text file of the run."""
