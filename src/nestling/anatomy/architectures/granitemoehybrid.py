@@ -3,18 +3,17 @@
 As in Mamba-2 itself, heads times channels must be a whole multiple of the hidden size.
 """
 
-from nestling.anatomy.architectures._dense import (
-    ATTENDS,
+from nestling.anatomy.architectures._dense import ATTENDS, KV_CACHE, MODEL, PRE_NORMS, axes
+from nestling.anatomy.architectures._hybrid import (
     ATTENTION,
-    ATTENTION_BIAS,
-    KV_CACHE,
-    MODEL,
-    PRE_NORMS,
+    EXPAND,
+    INNER_NORMS,
+    MIXER,
+    MIXER_AXES,
+    RECENT,
     SIZES,
+    STATE,
 )
-from nestling.anatomy.architectures._dense import axes as dense_axes
-from nestling.anatomy.architectures._mamba2 import RECENT, STATE, expand, tensors
-from nestling.anatomy.architectures._mamba2 import axes as mamba_axes
 from nestling.anatomy.architectures._moe import expert_axes, routed_tensors
 from nestling.anatomy.declare import Architecture, Config, Routed, register
 
@@ -30,22 +29,22 @@ register(
     Architecture(
         model_type="granitemoehybrid",
         axes=(
-            *dense_axes(
+            *axes(
                 "self_attn.q_proj",
                 "shared_mlp.input_linear",
                 "mamba.in_proj",
                 down="shared_mlp.output_linear",
                 neurons="shared_intermediate_size",
             ),
-            *mamba_axes("mamba", "mamba_n_heads", "mamba_d_head", "mamba_d_state"),
+            *MIXER_AXES,
             *expert_axes("num_local_experts", "intermediate_size", at="block_sparse_moe"),
         ),
-        sizes=SIZES | {"g": "mamba_n_groups", "k": "mamba_d_conv"},
+        sizes=SIZES,
         tensors=MODEL,
         blocks={
             "norms": PRE_NORMS,
-            "attention": ATTENTION | ATTENTION_BIAS,
-            "mamba": tensors("mamba"),
+            "attention": ATTENTION,
+            "mamba": MIXER,
             "moe": routed_tensors("block_sparse_moe", "router"),
             "mlp": {
                 "shared_mlp.input_linear.weight": "(ffn + ffn) hidden",
@@ -56,11 +55,11 @@ register(
         routed=Routed("block_sparse_moe.router", "block_sparse_moe.experts"),
         kv_cache=KV_CACHE,
         attends=ATTENDS,
-        state={"mamba": STATE},
-        recent={"mamba": RECENT},
-        inner_norms=("mamba.norm",),
+        state=STATE,
+        recent=RECENT,
+        inner_norms=INNER_NORMS,
         keeps=("attention",),
         logits_divisor="logits_scaling",
-        derived={"mamba_expand": expand("mamba_n_heads", "mamba_d_head")},
+        derived=EXPAND,
     )
 )
