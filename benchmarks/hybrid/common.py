@@ -42,7 +42,14 @@ def parent(seed: int, work: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerB
             seed=seed,
         )
         pretrain_model(
-            PretrainVerb(str(ARCHITECTURE), TEXT, str(folder), vocab_size=512, evaluation_tokens=16384, train=training)
+            PretrainVerb(
+                str(ARCHITECTURE),
+                data=TEXT,
+                out=str(folder),
+                vocab_size=512,
+                evaluation_tokens=16384,
+                train=training,
+            )
         )
     model, tokenizer = hub.load(folder / "model")
     assert tokenizer is not None, "a pretrained model has its tokenizer"

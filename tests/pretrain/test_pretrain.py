@@ -12,7 +12,8 @@ from nestling.cli import main
 from nestling.data import documents, train_tokenizer
 from nestling.errors import CheckpointError, DataError, NestlingError
 from nestling.pretrain import PRESETS, PretrainSettings, architecture_config, build, pretrain
-from nestling.recipes.pretrain import PretrainVerb, fields, pretrain_model
+from nestling.recipes.pretrain import PretrainVerb, pretrain_model
+from nestling.recipes.scratch import fields
 from nestling.train import CausalLM
 from nestling.train.rows import shifted
 from tests.models import in_float64, tiny, token_batches

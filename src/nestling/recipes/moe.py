@@ -17,9 +17,16 @@ from nestling.data import packed
 from nestling.errors import CheckpointError, NestlingError, ShapeError
 from nestling.pretrain import architecture_config, build, names_checkpoint
 from nestling.ranking import Ranking, rank
-from nestling.recipes.pretrain import fields, given_tokenizer, load_trained, trained_tokenizer, validated
 from nestling.recipes.progress import bar, console
 from nestling.recipes.run import Run
+from nestling.recipes.scratch import (
+    ScratchSettings,
+    fields,
+    given_tokenizer,
+    trained_model,
+    trained_tokenizer,
+    validated,
+)
 from nestling.recipes.settings import CalibrationSettings, ModelSettings
 from nestling.recipes.source import Source, in_batches, load
 from nestling.report.human import count, figure
@@ -90,45 +97,30 @@ class ExpertSettings(CalibrationSettings):
             raise NestlingError("say how many experts to keep in each layer, as in --keep 0.5x or --keep 32")
 
 
+@documented
 @dataclass
-class MixtureVerb:
+class MixtureVerb(ScratchSettings):
     """Settings of `moe train`.
 
     Args:
         architecture: Mixture to train: a checkpoint (whose weights are kept) or a dense preset or YAML file with
             model_type and config fields, which num_experts and the two below make a fresh mixture of.
-        data: Training text: hub dataset, local file or folder, or builtin:stdlib.
         out: Run folder; metrics, checkpoints and the trained model go there.
         num_experts: Experts of a fresh mixture, each as wide as the FFN; times the granularity.
         num_experts_per_tok: Of them a token uses so many; times the granularity.
         granularity: Parts that each expert is cut into; total and active parameters stay.
         normalize: Weights of the chosen experts add up to 1 (softmax after top-k); otherwise they come from the softmax
             over all.
-        set: Config fields to set on top, as FIELD=VALUE with commas between.
-        tokenizer: Take the tokenizer of this checkpoint; one is trained on the data where there is none.
-        vocab_size: Tokens of a tokenizer that is trained on the data.
-        evaluation_tokens: Tokens of the validation part on which the result is measured.
         train: Settings of the training.
-        device: Where to compute; the best there is unless given.
-        trust_remote_code: Let the checkpoint run code of its own.
-        overwrite: Start anew even if the run folder holds a run.
     """
 
     architecture: str
-    data: str = "builtin:stdlib"
     out: str = "runs/moe"
     num_experts: int = 8
     num_experts_per_tok: int = 2
     granularity: int = 1
     normalize: bool = True
-    set: str | list[str] = ""
-    tokenizer: str | None = None
-    vocab_size: int = 2048
-    evaluation_tokens: int = 32768
     train: moe.MixtureSettings = field(default_factory=moe.MixtureSettings)
-    device: str | None = None
-    trust_remote_code: bool = False
-    overwrite: bool = False
 
 
 def upcycle_model(settings: UpcycleSettings) -> dict[str, Any]:
@@ -198,7 +190,7 @@ def _mixture(settings: MixtureVerb) -> PreTrainedConfig:
 def _summary(settings: MixtureVerb, folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     rows = packed(settings.data, tokenizer, context=settings.train.context, tokens=8192, seed=settings.train.seed)
     ids = torch.stack([torch.as_tensor(row["input_ids"]) for row in rows])
-    model = load_trained(settings, folder)
+    model = trained_model(settings, folder)
     loads = moe.loads(model, in_batches(ids))
     load = {**moe.health(loads), "per_layer": [[int(slots) for slots in layer] for layer in loads]}
     return validated(settings, model, tokenizer) | {"load": load}

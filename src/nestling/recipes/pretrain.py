@@ -2,56 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from nestling import evaluate, hub, processes
-from nestling.cost import cost
-from nestling.data import check_tokenizer, train_tokenizer
-from nestling.errors import DataError, NestlingError
-from nestling.hub.load import load_tokenizer
-from nestling.pretrain import PretrainSettings, architecture_config, build, names_checkpoint, pretrain
+from nestling.data import check_tokenizer
+from nestling.pretrain import PretrainSettings, architecture_config, build, pretrain
 from nestling.recipes.progress import console
 from nestling.recipes.run import Run
-from nestling.recipes.settings import listed
+from nestling.recipes.scratch import (
+    ScratchSettings,
+    fields,
+    given_tokenizer,
+    trained_model,
+    trained_tokenizer,
+    validated,
+)
 from nestling.report.human import count, figure
+from nestling.train import documented
 
 
+@documented
 @dataclass
-class PretrainVerb:
+class PretrainVerb(ScratchSettings):
     """Settings of `pretrain`.
 
     Args:
         architecture: dense-3m, hybrid-2m, hybrid-4m or mamba2-3m; a YAML or JSON file with model_type and config
             fields; or a checkpoint (hub id, folder, builtin:smollm2-135m-instruct), whose weights are not taken.
-        data: Training text: hub dataset, local file or folder, or builtin:stdlib.
         out: Run folder; metrics, checkpoints and the trained model go there.
-        set: Config fields to set on top, as FIELD=VALUE with commas between.
-        tokenizer: Take the tokenizer of this checkpoint. Otherwise a checkpoint given as architecture brings its own,
-            and one is trained on the data where there is none.
-        vocab_size: Tokens of a tokenizer that is trained on the data.
-        evaluation_tokens: Tokens of the validation part on which the result is measured.
         train: Settings of the training.
-        device: Where to compute; the best there is unless given.
-        trust_remote_code: Let the checkpoint run code of its own.
-        overwrite: Start anew even if the run folder holds a run.
     """
 
     architecture: str
-    data: str = "builtin:stdlib"
     out: str = "runs/pretrain"
-    set: str | list[str] = ""
-    tokenizer: str | None = None
-    vocab_size: int = 2048
-    evaluation_tokens: int = 32768
     train: PretrainSettings = field(default_factory=PretrainSettings)
-    device: str | None = None
-    trust_remote_code: bool = False
-    overwrite: bool = False
 
 
 def pretrain_model(settings: PretrainVerb) -> dict[str, Any]:
@@ -61,11 +47,11 @@ def pretrain_model(settings: PretrainVerb) -> dict[str, Any]:
     """
     config = architecture_config(settings.architecture, fields(settings.set), settings.trust_remote_code)
     given = given_tokenizer(settings)
-    if given is not None and settings.tokenizer is None:
+    own = settings.tokenizer is None and given is not None
+    if given is not None and own:
         check_tokenizer(given, config.vocab_size)
     run = Run("pretrain", settings, settings.out, settings.overwrite)
     tokenizer = given or trained_tokenizer(settings, run)
-    own = settings.tokenizer is None and given is not None
 
     def trained() -> PreTrainedModel:
         model = build(config, None if own else tokenizer, settings.train.seed, settings.device)
@@ -73,59 +59,6 @@ def pretrain_model(settings: PretrainVerb) -> dict[str, Any]:
         return pretrain(model, settings.data, tokenizer, settings.train, run_dir=run.folder)
 
     target = run.model("model", trained, tokenizer)
-    summary = run.values("pretrained.json", lambda: validated(settings, load_trained(settings, target), tokenizer))
+    summary = run.values("pretrained.json", lambda: validated(settings, trained_model(settings, target), tokenizer))
     console.print(f"validation loss {figure(summary['loss'])}\nmodel: {target}")
     return {"model": str(target), **summary}
-
-
-def fields(texts: str | list[str]) -> dict[str, Any]:
-    """Config fields from `FIELD=VALUE` texts, values as YAML writes them. Raises `NestlingError` for other texts."""
-    found = {}
-    for text in listed(texts):
-        name, equals, value = text.partition("=")
-        if not (equals and name.strip().isidentifier()):
-            raise NestlingError(f"'{text}' does not set a config field: write FIELD=VALUE, as in num_hidden_layers=8")
-        found[name.strip()] = yaml.safe_load(value)
-    return found
-
-
-def given_tokenizer(settings: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that was named, or that of a checkpoint given as architecture."""
-    source = settings.tokenizer
-    if source is None and names_checkpoint(settings.architecture):
-        source = settings.architecture
-    if source is None:
-        return None
-    found = hub.tokenizer(source, trust_remote_code=settings.trust_remote_code)
-    if found is None and settings.tokenizer is not None:
-        raise DataError(f"'{source}' has no tokenizer: name another checkpoint, or leave --tokenizer out")
-    return found
-
-
-def trained_tokenizer(settings: Any, run: Run) -> PreTrainedTokenizerBase:
-    """One of `vocab_size` tokens made from the data, kept in the run folder."""
-    folder = run.path("tokenizer")
-    if not run.has("tokenizer"):
-        processes.first(lambda: _train_tokenizer(settings, folder))
-    found = load_tokenizer(folder)
-    assert found is not None, "the folder has just been written"
-    return found
-
-
-def _train_tokenizer(settings: Any, folder: Path) -> None:
-    with hub.replacing(folder) as partial:
-        made = train_tokenizer(settings.data, settings.vocab_size, seed=settings.train.seed)
-        made.save_pretrained(partial)
-
-
-def load_trained(settings: Any, folder: Path) -> PreTrainedModel:
-    """The model that was saved, whole in every process."""
-    return hub.load(folder, device=settings.device)[0]
-
-
-def validated(settings: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The loss on the validation part of the data, and what the model costs."""
-    found = evaluate.perplexity(
-        model, tokenizer, settings.data, context=settings.train.context, tokens=settings.evaluation_tokens
-    )
-    return {"loss": found.loss, "validation": asdict(found), "cost": cost(model).to_dict()}

@@ -1,6 +1,6 @@
 """What Bamba and the hybrids made after it have in common: Mamba-2 and attention under their names, a gated MLP.
 
-Letters are those of `_dense.py` and `_mamba2.py`. Which layer has a mixer, attention or both is declared per architecture.
+Letters are those of `_dense.py` and `_mamba2.py`. Which of mixer and attention a layer has, each architecture declares.
 """
 
 from nestling.anatomy.architectures import _dense, _mamba2
