@@ -66,10 +66,10 @@ class Ground:
         self._training = data.batches(TEXT, tokenizer, tokens=kd_tokens, **(rows | {"seed": seed + 100}))
         self._seed = seed
 
-    def distilled(self, child: PreTrainedModel, teacher: PreTrainedModel) -> float:
-        """Held-out loss of a copy of the child after a short distillation."""
+    def distilled(self, child: PreTrainedModel, teacher: PreTrainedModel, tokens: int | None = None) -> float:
+        """Held-out loss of a copy of the child after a short distillation, on all of the text unless given."""
         student = copy.deepcopy(child)
-        tokens = sum(batch["input_ids"].numel() for batch in self._training)
+        tokens = tokens or sum(batch["input_ids"].numel() for batch in self._training)
         settings = {"batch_size": 8, "micro_batch_size": 8, "learning_rate": 1e-3, "seed": self._seed}
         distill(student, teacher, self._training, tokens=tokens, **settings)
         return self.loss(student)

@@ -1,7 +1,8 @@
 """The tables of Minitron-SSM (arXiv 2504.11409) in shape: which heads, where they are scored, which axis, how deep.
 
 A hybrid of 1 M parameters is trained on the standard library for each seed (kept in --work), cut without training, and
-in part distilled for 60,000 tokens. Losses are nats per token on text that neither parent nor children have seen.
+in part distilled for 60,000 tokens. Losses are nats per token on text that neither parent nor children have seen. Every
+row is kept as soon as it is there, so a run that stops goes on after its last row.
 
     python benchmarks/hybrid/pruning.py --seeds 0,1 [--work DIR]
 """
@@ -12,6 +13,8 @@ import argparse
 import copy
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 from statistics import mean
 
@@ -40,7 +43,9 @@ DEPTH = "num_hidden_layers"
 HALF = {HEADS: 8, CHANNELS: 8, STATE: 8, FFN: 256, HIDDEN: 64, DEPTH: 4}
 QUARTER = {HEADS: 12, CHANNELS: 12, STATE: 12, FFN: 384, HIDDEN: 96, DEPTH: 6}
 DRAWS = 3
-Rows = Iterator[tuple[str, dict[str, float]]]
+CANDIDATES, SHORT, LONG = 6, 15_000, 45_000
+Row = dict[str, float]
+Rows = Iterator[tuple[str, Callable[[], Row]]]  # a row is computed only if it is not kept
 
 
 def main() -> None:
@@ -57,18 +62,23 @@ def main() -> None:
     print(write("pruning", rows, claims(found), seeds))
 
 
-def measured(seed: int, work: Path, tables: list[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """The tables for one parent; kept, so that a run that stops goes on."""
+def measured(seed: int, work: Path, tables: list[str]) -> dict[str, dict[str, Row]]:
+    """The tables for one parent; rows are kept one by one, and a table as whole when it is."""
     kept = work / f"pruning-{seed}.json"
     found = json.loads(kept.read_text()) if kept.exists() else {}
-    if set(tables) - set(found):
+    whole = found.setdefault("whole", list(found))
+    if set(tables) - set(whole):
         model, tokenizer = parent(seed, work)
         set_seed(seed)
         bench = Bench(model, Ground(tokenizer, seed), seed)
         for name in tables:
-            if name not in found:
-                found[name] = dict(TABLES[name](bench))
-                kept.write_text(json.dumps(found, indent=1))
+            rows = found.setdefault(name, {})
+            for line, make in () if name in whole else TABLES[name](bench):
+                if line not in rows:
+                    rows[line] = make()
+                    kept.write_text(json.dumps(found, indent=1))
+            whole.append(name)
+            kept.write_text(json.dumps(found, indent=1))
     return {name: found[name] for name in tables}
 
 
@@ -81,7 +91,7 @@ class Bench:
         self.ranking = rank(model, ground.calibration, layers="kl")
 
     def parent(self) -> Rows:
-        yield "parent", {"loss": self.ground.loss(self.model), "params": cost(self.model).params}
+        yield "parent", lambda: {"loss": self.ground.loss(self.model), "params": cost(self.model).params}
 
     def which_heads(self) -> Rows:
         """The same scores, with heads chosen inside groups, over all groups, or at random."""
@@ -93,10 +103,8 @@ class Bench:
                 "reversed, in groups": [self.cut({HEADS: count}, self.reversed())],
             }
             for name, models in children.items():
-                row = {"loss": mean(map(self.ground.loss, models))}
-                if count == HALF[HEADS] and name != "reversed, in groups":
-                    row["distilled"] = self.ground.distilled(models[0], self.model)
-                yield f"{name}, {count} of 16", row
+                distilled = count == HALF[HEADS] and name != "reversed, in groups"
+                yield f"{name}, {count} of 16", partial(self.judged, models, distilled)
 
     def where(self) -> Rows:
         """Heads and channels by where their activations are read: W_x, W_z, W_O (the paper), FLAP, and ours."""
@@ -104,8 +112,8 @@ class Bench:
         for name, ranking in self.rankings():
             for shape in shapes:
                 keep = shape.get(CHANNELS)
-                loss = self.ground.loss(self.cut(shape, ranking(keep)))
-                yield f"{name}, H {shape.get(HEADS, 16)} P {shape.get(CHANNELS, 16)}", {"loss": loss}
+                made = partial(self.judged, [self.cut(shape, ranking(keep))])
+                yield f"{name}, H {shape.get(HEADS, 16)} P {shape.get(CHANNELS, 16)}", made
 
     def rankings(self) -> Iterator[tuple[str, Callable[[int | None], Ranking]]]:
         for name, metric, over in (
@@ -128,9 +136,9 @@ class Bench:
         shared = nested(self.anatomy, self.ranking)
         for size in (QUARTER, HALF):
             for field, value in size.items():
-                yield f"{field} {value}", self.priced({field: value}, self.ranking)
+                yield f"{field} {value}", partial(self.priced, {field: value}, self.ranking)
                 if field == CHANNELS:
-                    yield f"{field} {value}, shared by heads", self.priced({field: value}, shared)
+                    yield f"{field} {value}, shared by heads", partial(self.priced, {field: value}, shared)
 
     def flap(self) -> Rows:
         """Minitron's L2 of activations against FLAP, for neurons and for heads, before and after distillation."""
@@ -139,9 +147,7 @@ class Bench:
         pairs = {"L2": nested(self.anatomy, l2), "FLAP": nested(self.anatomy, flap, over="sum")}
         for name, ranking in pairs.items():
             for shape in ({FFN: 256}, {HEADS: 8}):
-                child = self.cut(shape, ranking)
-                row = {"loss": self.ground.loss(child), "distilled": self.ground.distilled(child, self.model)}
-                yield f"{name}, {next(iter(shape))} halved", row
+                yield f"{name}, {next(iter(shape))} halved", partial(self.judged, [self.cut(shape, ranking)], True)
 
     def layers(self) -> Rows:
         """Layers by what they are ranked with, one-shot and greedy: loss without the last two and three."""
@@ -156,29 +162,53 @@ class Bench:
         for name, values in scores.items():
             for depth in (6, 5):
                 ranking = Ranking(dict(self.ranking.scores) | {DEPTH: values})
-                yield f"{name}, {depth} of 8", {"loss": self.ground.loss(self.cut({DEPTH: depth}, ranking))}
+                yield f"{name}, {depth} of 8", partial(self.judged, [self.cut({DEPTH: depth}, ranking)])
 
     def joint(self) -> Rows:
         """Shapes of about 0.7 x the parameters: the search over all axes, or one axis alone; then distilled."""
         budget = Budget.parse("0.7x")
-        pricing = Pricing(self.anatomy, ranking=self.ranking)  # layers differ in size, so costs depend on which stay
+        pricing = self.pricing()
         found = candidates(self.anatomy, budget, axes=(HEADS, FFN, HIDDEN, DEPTH), pricing=pricing)
         best = pick(self.model, self.ranking, found, self.ground.calibration[:2], finalists=3)[0].shape
         alone = {
             name: candidates(self.anatomy, budget, axes=(name,), pricing=pricing)[0][0] for name in (FFN, HIDDEN, DEPTH)
         }
         for name, shape in ({"all axes": best} | {f"{name} alone": shape for name, shape in alone.items()}).items():
-            yield name, self.priced(shape, self.ranking, distilled=True)
+            yield name, partial(self.priced, shape, self.ranking, distilled=True)
+
+    def candidates(self) -> Rows:
+        """Shapes of about 0.7 x the parameters: before training, after a shorter and after a longer distillation."""
+        found = candidates(self.anatomy, Budget.parse("0.7x"), axes=(HEADS, FFN, HIDDEN, DEPTH), pricing=self.pricing())
+        step = max(1, len(found) // CANDIDATES)
+        for shape, _ in found[::step][:CANDIDATES]:
+            yield str(dict(shape)), partial(self.trained, shape)
 
     # ---- children
 
     def cut(self, shape: dict, ranking: Ranking | None = None) -> PreTrainedModel:
         return prune(self.model, ranking or self.ranking, shape)
 
-    def priced(self, shape: dict, ranking: Ranking, distilled: bool = False) -> dict[str, float]:
+    def pricing(self) -> Pricing:
+        """Layers differ in size, so costs depend on which stay."""
+        return Pricing(self.anatomy, ranking=self.ranking)
+
+    def judged(self, models: list[PreTrainedModel], distilled: bool = False) -> Row:
+        """The mean loss of children, and that of the first after distillation."""
+        row = {"loss": mean(map(self.ground.loss, models))}
+        return row | ({"distilled": self.ground.distilled(models[0], self.model)} if distilled else {})
+
+    def priced(self, shape: dict, ranking: Ranking, distilled: bool = False) -> Row:
         child = self.cut(shape, ranking)
+        return self.judged([child], distilled) | {"params": child.num_parameters()}
+
+    def trained(self, shape: dict) -> Row:
+        """A candidate before training, after `SHORT` tokens of distillation, and after `LONG`."""
+        child = self.cut(shape, self.ranking)
         row = {"loss": self.ground.loss(child), "params": child.num_parameters()}
-        return row | ({"distilled": self.ground.distilled(child, self.model)} if distilled else {})
+        return row | {
+            name: self.ground.distilled(child, self.model, tokens)
+            for name, tokens in (("short", SHORT), ("distilled", LONG))
+        }
 
     def scored(self, metrics: dict[str, str]) -> Ranking:
         return rank(self.model, self.ground.calibration, metric=metrics)
@@ -219,6 +249,7 @@ TABLES: dict[str, Callable[[Bench], Rows]] = {
     "L2 against FLAP": Bench.flap,
     "which layers": Bench.layers,
     "all axes or one": Bench.joint,
+    "rank order": Bench.candidates,
 }
 
 
@@ -262,13 +293,24 @@ def claims(found: dict[int, dict]) -> dict[str, dict]:
         if all(table in tables for tables in found.values()):
             gaps = [tables[table][worse][field] - tables[table][better][field] for tables in found.values()]
             made[name] = claim(gaps, list(found), how, "nats")
+    if all("rank order" in tables for tables in found.values()):
+        for early, what in (("loss", "before training"), ("short", f"after {SHORT:,} tokens")):
+            orders = [agreement(list(tables["rank order"].values()), early) for tables in found.values()]
+            how = f"Kendall's tau of {CANDIDATES} shapes of 0.7 x the parameters {what} and after {LONG:,} tokens"
+            made[f"rank_order_{early}"] = claim(orders, list(found), how, "tau")
     return made
 
 
+def agreement(rows: list[Row], early: str) -> float:
+    """Kendall's tau between an early figure and the loss after the longer distillation: 1 for the same order."""
+    pairs = [(a[early] - b[early]) * (a["distilled"] - b["distilled"]) for a, b in combinations(rows, 2)]
+    return sum((pair > 0) - (pair < 0) for pair in pairs) / len(pairs)
+
+
 def show(rows: list[dict]) -> None:
-    table = Table("table", "what", "loss", "distilled", "params", title_justify="left")
+    table = Table("table", "what", "loss", "short", "distilled", "params", title_justify="left")
     for row in rows:
-        values = (f"{row[name]:,.4g}" if name in row else "" for name in ("loss", "distilled", "params"))
+        values = (f"{row[name]:,.4g}" if name in row else "" for name in ("loss", "short", "distilled", "params"))
         table.add_row(row["table"], row["what"], *values)
     Console(width=140).print(table)
 

@@ -24,7 +24,7 @@ from torch import LongTensor, Tensor, nn
 from transformers import PreTrainedModel
 
 from nestling.anatomy import Rescale, TensorSpec
-from nestling.hub.quiet import quiet
+from nestling.quiet import quiet
 from nestling.shape import child_config
 from nestling.surgery.choose import Selection
 from nestling.surgery.cut import class_for, renamed

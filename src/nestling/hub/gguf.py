@@ -26,7 +26,7 @@ from transformers import (
 
 from nestling.errors import CheckpointError
 from nestling.hub.check import first_line
-from nestling.hub.quiet import model_class_name, quiet
+from nestling.quiet import model_class_name, quiet
 
 # Values of `tokenizer.ggml.pre` that llama.cpp splits with "\p{N}" before GPT-2's pattern.
 SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}

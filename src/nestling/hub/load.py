@@ -27,8 +27,8 @@ from nestling.errors import CheckpointError
 from nestling.experts import use_fast_experts
 from nestling.hub import builtin, gguf
 from nestling.hub.check import check_folder, check_weights, first_line
-from nestling.hub.quiet import model_class_name, quiet
 from nestling.hub.source import fetch_config, fetch_snapshot, locate
+from nestling.quiet import model_class_name, quiet
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 TOKENIZER_FILES = (

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nestling.errors import CheckpointError
 from nestling.hub.check import first_line
-from nestling.hub.quiet import quiet
+from nestling.quiet import quiet
 
 MARGIN_BYTES = 32 * 2**20  # for config, tokenizer and headers
 FULL = {errno.ENOSPC, errno.EDQUOT}

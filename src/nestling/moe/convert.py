@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from nestling.anatomy import ARCHITECTURES, Anatomy, Architecture, Axis, architecture_of
 from nestling.errors import NestlingError, ShapeError, UnsupportedArchitecture
 from nestling.experts import use_fast_experts
-from nestling.hub.quiet import quiet
+from nestling.quiet import quiet
 from nestling.ranking import Ranking
 from nestling.surgery.cut import class_for
 

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from nestling.anatomy import Anatomy, TensorSpec
 from nestling.anatomy.notation import Dimension, take
 from nestling.experts import use_fast_experts
-from nestling.hub.quiet import quiet
+from nestling.quiet import quiet
 from nestling.ranking.ranking import Ranking
 from nestling.shape import child_config
 from nestling.surgery.choose import Selection, choose

@@ -21,7 +21,7 @@ from transformers.trainer import SCHEDULER_NAME
 
 from nestling import processes
 from nestling.errors import CheckpointError, NestlingError
-from nestling.hub.quiet import quiet
+from nestling.quiet import quiet
 from nestling.train.learner import Learner
 from nestling.train.sharding import load_optimizer, load_weights, save_shards
 
