@@ -31,12 +31,23 @@ def test_retrofit_show_and_eval(place, capsys):
     assert dmc.is_converted(model)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_tokens_that_are_dropped(place, capsys):
+    method = ("--method", "dms", "--train.window", 3)
+    made = run(capsys, "dmc", "retrofit", "m", "--ratio", 3, *method, "--out", "run", *TRAIN)
+    assert made["compression"]["ratio"] > 1
+    assert AutoModelForCausalLM.from_pretrained("run/model").config.dmc["method"] == "dms"
+    assert run(capsys, "dmc", "show", "run/model", "some words to look at")["ratio"] >= 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (("show", "m", "words"), "not compressed"),
         (("eval", "m", "--data", "text.jsonl", "--context", "32", "--tokens", "64"), "not compressed"),
         (("retrofit", "m", "--data", "text.jsonl", "--ratio", "0.5"), "ratio 0.5"),
+        (("retrofit", "m", "--data", "text.jsonl", "--method", "h2o"), "choose from dmc, dms"),
+        (("retrofit", "m", "--data", "text.jsonl", "--method", "dms", "--ratio", "16"), "window of 16 holds 17"),
         (("retrofit", "m", "--data", "text.jsonl", "--train.free_part", "0.9"), "less than 1 together"),
     ],
 )

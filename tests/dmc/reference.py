@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from nestling.dmc.runtime.attend import Heads, Text
 from nestling.dmc.runtime.gates import EPS, Gates
+from nestling.dmc.runtime.heads import Heads, Text
 
 BASE = 50.0  # a fast rotation, so that a wrong position shows
 

@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, S
 import nestling as nl
 from nestling import dmc
 from nestling.anatomy.attention import last_channel, sites
+from nestling.dmc.show import merges
 from nestling.errors import CheckpointError, NestlingError, UnsupportedArchitecture
 from tests.dmc.models import BOUNDED, FULL, HYBRID, merging
 from tests.models import logits, tiny, token_batches
 
+METHODS = [{}, {"method": "dms", "window": 3}]
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -51,6 +53,31 @@ def test_every_architecture(variant):
         torch.testing.assert_close(in_pieces(model, ids(), cuts)[0], whole, atol=1e-10, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("variant", ["qwen3", "smollm3", "bamba", "nemotron_h"])
+def test_tokens_are_dropped_by_other_architectures_too(variant):
+    model = merging(next(name for name in FULL if name.startswith(variant)), method="dms", window=3)
+    whole = logits(model, ids())
+    assert 1.05 < dmc.measure(model, [{"input_ids": ids()}]).ratio < 4
+    cuts = [0, 17] if variant in ("bamba", "nemotron_h") else [0, 6, 7, 8, 17]
+    torch.testing.assert_close(in_pieces(model, ids(), cuts)[0], whole, atol=1e-10, rtol=0)
+
+
+def test_what_is_shown_of_a_text_is_what_the_cache_holds_in_the_end():
+    model, tokens = merging(method="dms", window=2), ids(1, 17)
+    with torch.no_grad():
+        cache = model(tokens, use_cache=True).past_key_values
+
+    class Given(_Tokenizer):
+        def __call__(self, text):
+            return {"input_ids": tokens[0].tolist()}
+
+    found = merges(model, Given(), "a text")
+    for layer, held in enumerate(cache.layers):
+        assert [sum(head) for head in found.opened[layer]] == held.length[0].tolist()
+        assert all(all(head[-3:]) for head in found.opened[layer])
+
+
 @pytest.mark.parametrize("variant", BOUNDED)
 def test_models_whose_cache_is_bounded_are_refused(variant):
     with pytest.raises(UnsupportedArchitecture, match="full attention"):
@@ -69,16 +96,18 @@ def test_free_makes_the_channel_zero_and_merges_nothing():
     torch.testing.assert_close(freed, logits(model, ids()), atol=1e-11, rtol=0)
 
 
-def test_generate_is_what_the_whole_text_says():
-    model, tokens = merging(), ids(3, 9)
+@pytest.mark.parametrize("gates", METHODS, ids=["dmc", "dms"])
+def test_generate_is_what_the_whole_text_says(gates):
+    model, tokens = merging(**gates), ids(3, 9)
     expected = tokens
     for _ in range(8):
         expected = torch.cat([expected, logits(model, expected)[:, -1:].argmax(-1)], 1)
     assert torch.equal(model.generate(tokens, **GREEDY), expected)
 
 
-def test_left_padding_changes_nothing():
-    model, tokens = merging(), ids(2, 9)
+@pytest.mark.parametrize("gates", METHODS, ids=["dmc", "dms"])
+def test_left_padding_changes_nothing(gates):
+    model, tokens = merging(**gates), ids(2, 9)
     padded = torch.cat([torch.zeros(2, 4, dtype=torch.long), tokens], 1)
     padded[1, 4:7] = 0
     mask = (torch.arange(13) >= torch.tensor([[4], [7]])).long()
@@ -88,8 +117,9 @@ def test_left_padding_changes_nothing():
         assert torch.equal(found[row, start:], alone[0])
 
 
-def test_beams_are_those_of_a_search_without_a_cache():
-    model = merging()
+@pytest.mark.parametrize("gates", METHODS, ids=["dmc", "dms"])
+def test_beams_are_those_of_a_search_without_a_cache(gates):
+    model = merging(**gates)
     found = [model.generate(ids(2, 7), num_beams=3, use_cache=cached, **GREEDY) for cached in (True, False)]
     assert torch.equal(*found)
 
@@ -116,8 +146,9 @@ class _Tokenizer:
         return " ".join(map(str, tokens))
 
 
-def test_batch_rows_can_be_chosen_and_repeated():
-    model, tokens = merging(), ids(3, 12)
+@pytest.mark.parametrize("gates", METHODS, ids=["dmc", "dms"])
+def test_batch_rows_can_be_chosen_and_repeated(gates):
+    model, tokens = merging(**gates), ids(3, 12)
     whole = logits(model, tokens)
     _, cache = in_pieces(model, tokens[:, :11], [0, 11])
     cache.batch_select_indices(torch.tensor([2, 0]))
@@ -127,8 +158,9 @@ def test_batch_rows_can_be_chosen_and_repeated():
     torch.testing.assert_close(out[:, 0], whole[[2, 2, 0, 0], 11], atol=1e-10, rtol=0)
 
 
-def test_a_saved_cache_goes_on_as_if_nothing_happened(tmp_path):
-    model, tokens = merging("qwen3"), ids(2, 12)
+@pytest.mark.parametrize("gates", METHODS, ids=["dmc", "dms"])
+def test_a_saved_cache_goes_on_as_if_nothing_happened(tmp_path, gates):
+    model, tokens = merging("qwen3", **gates), ids(2, 12)
     whole = logits(model, tokens)
     _, cache = in_pieces(model, tokens[:, :10], [0, 10])
     dmc.save_cache(cache, tmp_path / "cache.safetensors")
@@ -217,8 +249,9 @@ def test_a_pruned_model_is_compressed_and_a_compressed_one_pruned(tmp_path):
     torch.testing.assert_close(in_pieces(cut, ids(), [0, 9, 17])[0], logits(cut, ids()), atol=1e-10, rtol=0)
 
 
-def test_the_folder_alone_is_enough(tmp_path):
-    model, tokens = merging(), ids(2, 9)
+@pytest.mark.parametrize("gates", METHODS, ids=["dmc", "dms"])
+def test_the_folder_alone_is_enough(tmp_path, gates):
+    model, tokens = merging(**gates), ids(2, 9)
     model.save_pretrained(tmp_path / "model")
     torch.save({"ids": tokens, "logits": logits(model, tokens)}, tmp_path / "expected.pt")
     code = f"""

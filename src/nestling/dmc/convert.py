@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from nestling.anatomy import Anatomy
 from nestling.anatomy.attention import last_channel, sites
 from nestling.dmc.register import config_class, model_class
-from nestling.dmc.runtime.gates import Gates
+from nestling.dmc.runtime.gates import METHODS, Gates
 from nestling.dmc.runtime.modeling import attach
 from nestling.errors import NestlingError, UnsupportedArchitecture
 
@@ -23,7 +23,7 @@ from nestling.errors import NestlingError, UnsupportedArchitecture
 def convert(model: PreTrainedModel, **gates: Any) -> PreTrainedModel:
     """Put gates into the model, in place; returns it. Nothing is merged yet, and its logits are unchanged.
 
-    gates: fields of `Gates` other than `keep`: scale, offset, temperature, shared.
+    gates: fields of `Gates` other than `keep`: scale, offset, temperature, shared, method, window.
     Raises `NestlingError` for a model that has them already or a field that is not known, and
     `UnsupportedArchitecture` for one without full attention.
     """
@@ -89,6 +89,10 @@ def _checked(gates: dict[str, Any]) -> dict[str, Any]:
     for name in ("scale", "temperature", "offset"):
         if not values[name] > 0:
             raise NestlingError(f"{name} {values[name]} of the gates is not possible: give a number above 0")
+    if values["method"] not in METHODS:
+        raise NestlingError(f"there is no method '{values['method']}' for a cache: choose from {', '.join(METHODS)}")
+    if not values["window"] >= 0:
+        raise NestlingError(f"window {values['window']} is not possible: give how many tokens are kept at least")
     return values | {"keep": 1.0}
 
 

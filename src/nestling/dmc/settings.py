@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from nestling.dmc.runtime.gates import METHODS
 from nestling.errors import NestlingError
 from nestling.train import Objective, TrainSettings, documented
 
@@ -16,6 +17,9 @@ class RetrofitSettings(TrainSettings):
 
     Args:
         ratio: Tokens per slot of the cache that the model shall reach, over all layers and heads together.
+        method: What the cache does with a token that is to have no slot of its own: dmc merges it into the one before,
+            dms drops it when it has left a window (the ratio is then tokens over what a row holds at its end).
+        window: Tokens that dms keeps whatever is decided.
         shared: One decision for all heads of a layer (DMC-C), so that they stay equally long.
         free_part: Part of the steps in which the gate channel is taken out of attention.
         settle_part: Part of the steps at the end in which the ratio stays where it is.
@@ -31,6 +35,8 @@ class RetrofitSettings(TrainSettings):
     """
 
     ratio: float = 4.0
+    method: str = "dmc"
+    window: int = 16
     shared: bool = False
     free_part: float = 0.05
     settle_part: float = 0.25
@@ -54,6 +60,10 @@ class RetrofitSettings(TrainSettings):
                 f"free_part {self.free_part} and settle_part {self.settle_part} leave no step to raise the ratio in: "
                 f"give parts that are less than 1 together"
             )
+        if self.method not in METHODS:
+            raise NestlingError(f"there is no method '{self.method}' for a cache: choose from {', '.join(METHODS)}")
+        if self.window < 0:
+            raise NestlingError(f"window {self.window} is not possible: give how many tokens are kept at least")
         if self.pressure < 0 or self.gain < 0:
             raise NestlingError(f"pressure {self.pressure} and gain {self.gain} are weights: give at least 0")
 
@@ -61,6 +71,15 @@ class RetrofitSettings(TrainSettings):
         """What is asked of the logits. Raises `NestlingError` for a value that is not possible."""
         return Objective(self.loss, self.kd_temperature, False, self.kd_weight, self.ce_weight)
 
+    def check_rows(self, seq: int) -> None:
+        """Raises `NestlingError` for rows of `seq` tokens of which a window keeps more than the ratio leaves."""
+        held, most = self.window + 1, seq / self.ratio
+        if self.method == "dms" and held > most:
+            raise NestlingError(
+                f"rows of {seq} tokens at a ratio of {self.ratio:g} leave {most:.0f} to be held, and a window of "
+                f"{self.window} holds {held} alone: give a smaller window or a longer context"
+            )
+
     def gates(self) -> dict[str, Any]:
         """The fields of `Gates` that `convert` takes."""
-        return {name: getattr(self, name) for name in ("scale", "offset", "temperature", "shared")}
+        return {name: getattr(self, name) for name in ("scale", "offset", "temperature", "shared", "method", "window")}

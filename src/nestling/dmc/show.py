@@ -16,10 +16,12 @@ from nestling.errors import DataError, NestlingError
 
 @dataclass(frozen=True)
 class Merges:
-    """A text as tokens, and for each layer and head which of them opened a slot; the others joined the one before."""
+    """A text as tokens, and for each layer and head which of them opened a slot; the others joined the one before, or
+    with `dropped` are gone at the end."""
 
     tokens: tuple[str, ...]
     opened: dict[int, tuple[tuple[bool, ...], ...]]
+    dropped: bool = False
 
     def ratio(self, layer: int, head: int) -> float:
         """Tokens per slot of one head."""
@@ -32,11 +34,15 @@ class Merges:
         return len(self.tokens) * len(heads) / sum(sum(head) for head in heads)
 
     def slots(self, layer: int, head: int) -> list[str]:
-        """The text of each slot of one head, in order."""
+        """The text of each slot of one head, in order; dots before it where tokens were dropped."""
         found: list[str] = []
+        gap = ""
         for token, opens in zip(self.tokens, self.opened[layer][head], strict=True):
             if opens:
-                found.append(token)
+                found.append(gap + token)
+                gap = ""
+            elif self.dropped:
+                gap = "…"
             else:
                 found[-1] += token
         return found
@@ -55,8 +61,9 @@ def merges(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
     with evaluating(model), recording(model) as decisions:
         decoder(model)(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
     layers = [layer for layer, kind in enumerate(model.config.dmc_layers) if kind is not None]
+    dropped = model.config.dmc.get("method") == "dms"  # then a decision is about the token before
     opened = {
-        layer: tuple(tuple(head) for head in (~found.quiet[0]).tolist())
+        layer: tuple(tuple(head) for head in (~found.quiet[0].roll(-dropped, -1)).tolist())
         for layer, found in zip(layers, decisions, strict=True)
     }
-    return Merges(tuple(str(tokenizer.decode([token])) for token in ids), opened)
+    return Merges(tuple(str(tokenizer.decode([token])) for token in ids), opened, dropped)

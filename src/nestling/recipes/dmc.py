@@ -38,6 +38,7 @@ class RetrofitVerb(ModelSettings):
     Args:
         model: Hub id, folder, GGUF file, or builtin:smollm2-135m-instruct.
         ratio: Tokens per slot that the cache shall reach; goes before train.ratio.
+        method: dmc, where tokens merge, or dms, where they are dropped after a while; goes before train.method.
         data: Training text: hub dataset, local file or folder, or builtin:stdlib.
         out: Run folder; metrics, checkpoints and the model go there.
         train: Settings of the retrofit.
@@ -47,6 +48,7 @@ class RetrofitVerb(ModelSettings):
 
     model: str
     ratio: float = 4.0
+    method: str = "dmc"
     data: str = "builtin:stdlib"
     out: str = "runs/dmc"
     train: RetrofitSettings = field(default_factory=RetrofitSettings)
@@ -54,7 +56,8 @@ class RetrofitVerb(ModelSettings):
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        self.train = dataclasses.replace(self.train, ratio=self.ratio)
+        self.train = dataclasses.replace(self.train, ratio=self.ratio, method=self.method)
+        self.train.check_rows(self.train.context)
 
 
 @documented

@@ -31,7 +31,8 @@ def slots_page(
         parts += ["<h2>Tokens per slot, by position</h2>", _bars(by_position)]
     if texts:
         parts.append("<h2>Which tokens share a slot</h2>")
-        parts.append('<p class="note">A bar begins a slot; what follows without a bar merged into it.</p>')
+        note = "A bar begins a slot; what follows without a bar merged into it. Dots stand for dropped tokens."
+        parts.append(f'<p class="note">{note}</p>')
         parts += [_text(place, slots) for place, slots in texts.items()]
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     return f"<!doctype html><html><head>{head}</head><body>{''.join(parts)}</body></html>\n"

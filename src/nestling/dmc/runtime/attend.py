@@ -7,18 +7,20 @@ state is a key of its own; later queries see it as far as token j + 1 did not me
 
 `prefill`: with hard decisions only the last state of each slot, and a query's own, are ever seen, so the work falls
 with the ratio, and what is seen is what the cache keeps. `decode`: one token per sequence, by running sums.
+
+With the method `dms` a state is the token itself, the term is left out within a window, and `drop` has the prefill.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout, logsigmoid, pad
 
-from .gates import Gates, forced, logits, relaxed, wide, without_channel
+from .drop import executed
+from .drop import prefill as prefill_dropping
+from .gates import Gates, forced, logits, relaxed, wide
+from .heads import Decisions, Heads, Text
 from .kernel import COMPILED, usable
 from .plain import PLAIN
 from .pool import running_sums
@@ -28,100 +30,68 @@ QUERIES = 256  # of a prefill at once
 DENSE = 1024  # tokens up to which text without a cache is scored in one square
 
 
-@dataclass(frozen=True)
-class Text:
-    """What the tokens of one call are: real ones, and separators of documents, both `[batch, seq]`."""
-
-    valid: Tensor
-    ends: Tensor
-
-
-@dataclass(frozen=True)
-class Decisions:
-    """One layer's decisions of one call `[batch, heads, seq]`: merged (1) or not, for the loss with a gradient through
-    the relaxed ones; the same without noise; logits. valid: real tokens `[batch, seq]`."""
-
-    merged: Tensor
-    quiet: Tensor
-    logits: Tensor
-    valid: Tensor
-
-
-Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Queries `[batch, heads, group, seq, dim]`, keys and values `[batch, heads, seq, dim]`, not rotated.
-
-    rotate: (queries `[batch, any, seq, dim]`, keys) -> the same at their positions.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    rotate: Rotate
-    scaling: float
-
-    def rotated(self, keys: Tensor, keep: float) -> tuple[Tensor, Tensor]:
-        """Queries, and `keys` `[batch, heads, seq, dim]` in place of the tokens' own, rotated; the gate channel is
-        multiplied by `keep` before and after."""
-        query, keys = without_channel(self.query, keep), without_channel(keys.to(self.key.dtype), keep)
-        flat, keys = self.rotate(query.flatten(1, 2), keys)
-        return without_channel(flat.view_as(query), keep), without_channel(keys, keep)
-
-
 def attention(
-    heads: Heads, gates: Gates, text: Text, slots: SlotLayer | None, training: bool, drop: float = 0.0
+    heads: Heads, gates: Gates, text: Text, slots: SlotLayer | None, training: bool, dropped: float = 0.0
 ) -> tuple[Tensor, Decisions | None]:
     """`[batch, heads, group, seq, dim]`, and the decisions where they were computed for all tokens at once."""
     if slots is not None and not training:
         if not slots.is_initialized:
-            slots.lazy_initialization(heads.key, heads.value)
+            slots.lazy_initialization(heads.key, heads.value, gates.recent)
         if heads.key.shape[2] == 1 and not torch.is_grad_enabled():
             return decode(heads, gates, text, slots), None
         return prefill(heads, gates, text, slots)
     if not training and heads.key.shape[2] > DENSE:
         slots = SlotLayer()
-        slots.lazy_initialization(heads.key, heads.value)
+        slots.lazy_initialization(heads.key, heads.value, gates.recent)
         return prefill(heads, gates, text, slots, keep=False)
-    return parallel(heads, gates, text, training, drop)
+    return parallel(heads, gates, text, training, dropped)
 
 
 # ---- all positions at once
 
 
 def parallel(
-    heads: Heads, gates: Gates, text: Text, training: bool = False, drop: float = 0.0
+    heads: Heads, gates: Gates, text: Text, training: bool = False, dropped: float = 0.0
 ) -> tuple[Tensor, Decisions]:
     """All positions from nothing before them; relaxed decisions if `training`, else hard ones."""
     merge, weight = logits(heads.query, heads.key, gates)
-    opens = _opens(text, None)
+    opens = _opens(text, None, gates)
     noisy = relaxed(merge, gates) if training and gates.active else merge
     alpha = torch.sigmoid(noisy) if training else (merge > 0).to(merge.dtype)
     unseen = logsigmoid(-noisy) if training else torch.where(merge > 0, -torch.inf, 0.0).to(merge.dtype)
     alpha, unseen = alpha.masked_fill(opens, 0), unseen.masked_fill(opens, 0)
-    real = text.valid.unsqueeze(1)
-    means = _means(running_sums(alpha, _terms(heads, weight * real)), heads)
+    keys, values = heads.key, heads.value
+    if gates.method == "dmc":
+        sums = running_sums(alpha, _terms(heads, weight * text.valid.unsqueeze(1)))
+        keys, values = _means(sums, heads)
     bias = pad(unseen[..., 1:], (0, 1))  # of key j: whether token j + 1 left it alone
-    bias = bias.masked_fill(~real, -torch.inf)
-    query, keys = heads.rotated(means[0], gates.keep)
-    out = _attend_square(query, keys, means[1], bias, heads.scaling, drop)
+    query, keys = heads.rotated(keys, gates.keep)
+    out = _attend_square(query, keys, values, _bias(bias, text.valid, gates.spared), heads.scaling, dropped)
     quiet = (merge > 0) & ~opens
     hard = (noisy > 0) & ~opens
     straight = hard.to(alpha.dtype) + alpha - alpha.detach() if training else hard.to(alpha.dtype)
+    if gates.method == "dms":
+        done = executed(text.valid, gates.window).unsqueeze(1)
+        quiet, straight = quiet & done, straight * done
     return out, Decisions(straight, quiet, merge, text.valid)
 
 
-def _attend_square(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float, drop: float) -> Tensor:
+def _bias(unseen: Tensor, valid: Tensor, spared: int) -> Tensor:
+    """`[batch, heads, 1, seq, seq]` from a term per key `[batch, heads, seq]` that the first queries are spared: those
+    up to `spared` tokens behind it. Finite for padding, whose own queries see nothing else."""
+    seq = unseen.shape[-1]
+    near = torch.ones(seq, seq, dtype=torch.bool, device=unseen.device).triu(-spared)
+    bias = unseen[:, :, None, None, :].masked_fill(near, 0)
+    return bias.masked_fill(~valid[:, None, None, None, :], torch.finfo(unseen.dtype).min / 2)
+
+
+def _attend_square(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float, dropped: float) -> Tensor:
     seq = query.shape[-2]
     precise = wide(query.dtype)  # scores rounded to half precision would cost more than their softmax forgives
-    scores = (query.to(precise) @ keys.to(precise).unsqueeze(2).mT) * scaling
-    own = torch.eye(seq, dtype=torch.bool, device=query.device)
+    scores = (query.to(precise) @ keys.to(precise).unsqueeze(2).mT) * scaling + bias
     later = torch.ones(seq, seq, dtype=torch.bool, device=query.device).triu(1)
-    scores = scores + bias[:, :, None, None, :].masked_fill(own, 0)
     weights = torch.softmax(scores.masked_fill(later, -torch.inf), dim=-1)
-    weights = dropout(weights, drop, training=drop > 0)
+    weights = dropout(weights, dropped, training=dropped > 0)
     return weights.to(values.dtype) @ values.unsqueeze(2)
 
 
@@ -130,8 +100,10 @@ def _attend_square(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, sc
 
 def prefill(heads: Heads, gates: Gates, text: Text, slots: SlotLayer, keep: bool = True) -> tuple[Tensor, Decisions]:
     """Any number of tokens on top of what `slots` holds, which then holds them too (unless not `keep`)."""
+    if gates.method == "dms":
+        return prefill_dropping(heads, gates, text, slots, keep)
     merge, weight = logits(heads.query, heads.key, gates)
-    opens = _opens(text, slots)
+    opens = _opens(text, slots, gates)
     real = text.valid.unsqueeze(1)
     merged = (merge > 0) & ~opens & real
     weight = weight * real
@@ -202,7 +174,8 @@ def decode(heads: Heads, gates: Gates, text: Text, slots: SlotLayer) -> Tensor:
     """One token per sequence, by compiled loops or, where they do not serve, by whole tensors."""
     token = (heads.query[..., 0, :], heads.key[:, :, 0], heads.value[:, :, 0])
     step = COMPILED if usable(heads.key, slots.keys) else PLAIN
-    query, mean = step.absorb(*token, slots, (text.valid[:, 0], text.ends[:, 0]), gates)
+    take = step.absorb if gates.method == "dmc" else step.admit
+    query, mean = take(*token, slots, (text.valid[:, 0], text.ends[:, 0]), gates)
     flat, key = heads.rotate(query.flatten(1, 2).unsqueeze(2), mean.unsqueeze(2))
     out = step.attend(flat.reshape(query.shape), key[:, :, 0], slots, gates.keep, heads.scaling)
     slots.tokens += 1
@@ -212,11 +185,12 @@ def decode(heads: Heads, gates: Gates, text: Text, slots: SlotLayer) -> Tensor:
 # ---- shared
 
 
-def _opens(text: Text, slots: SlotLayer | None) -> Tensor:
-    """Tokens that open a slot whatever their gate says, `[batch, 1, seq]`."""
+def _opens(text: Text, slots: SlotLayer | None, gates: Gates) -> Tensor:
+    """Tokens that open a slot whatever their gate says, `[batch, 1, seq]`; where none merge, the first alone."""
     never = torch.zeros_like(text.valid[:, 0])
     before, seen = (never, never) if slots is None else (slots.ended, slots.length[:, 0] > 0)
-    return forced(text.valid, text.ends, before, seen).unsqueeze(1)
+    ends = text.ends if gates.method == "dmc" else torch.zeros_like(text.ends)
+    return forced(text.valid, ends, before, seen).unsqueeze(1)
 
 
 def _note(slots: SlotLayer, text: Text) -> None:

@@ -1,5 +1,8 @@
 """Decisions: does a token merge into the newest slot of a head, and with which weight (arXiv 2403.09636, section 3).
 
+With the method `dms` (arXiv 2506.05345) the same decision says that the token before is dropped, once it is out of a
+window, and there are no weights.
+
 The last channel of a head's key decides, the last channel of its queries weighs; no parameter is added:
 
     a_t     = scale * k_t[-1] - offset          merge if a_t > 0, append otherwise
@@ -17,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+METHODS = ("dmc", "dms")
 EPS = 2.0**-23  # keeps the sum of weights of a slot above zero
 
 
@@ -25,7 +29,8 @@ class Gates:
     """How decisions are read: the fields of `config.dmc`.
 
     keep: factor of the gate channel in plain attention; decisions are read only at 0. shared: one decision per layer,
-    from the mean over its heads (DMC-C). temperature: of the relaxed decision in training.
+    from the mean over its heads (DMC-C). temperature: of the relaxed decision in training. method: `dmc`, tokens merge,
+    or `dms`, they are dropped when `window` later tokens have come.
     """
 
     scale: float = 10.0
@@ -33,6 +38,8 @@ class Gates:
     temperature: float = 0.1
     keep: float = 1.0
     shared: bool = False
+    method: str = "dmc"
+    window: int = 16
 
     @classmethod
     def of(cls, config: Any) -> Gates:
@@ -42,6 +49,16 @@ class Gates:
     @property
     def active(self) -> bool:
         return self.keep == 0
+
+    @property
+    def spared(self) -> int:
+        """Tokens after a key to which a decision about it does not matter yet."""
+        return self.window if self.method == "dms" else 0
+
+    @property
+    def recent(self) -> int:
+        """Newest tokens of which a cache knows the slots: those that are not dropped yet."""
+        return self.window + 1 if self.method == "dms" else 0
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

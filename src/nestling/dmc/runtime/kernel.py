@@ -62,13 +62,25 @@ def absorb(
     and separators of documents, both `[batch]`. Returns query and the top slot's mean key, both unrotated and with the
     gate channel times `gates.keep`.
     """
-    out = torch.empty(query.shape, dtype=query.dtype), torch.empty(key.shape, dtype=key.dtype)
-    token = [_array(tensor) for tensor in (query, key, value, *text)]
+    held = ("sums", "length", "table", "used", "values", "ended")
+    return _take("absorb", (query, key, value, *text), state, held, gates)
+
+
+def admit(
+    query: Tensor, key: Tensor, value: Tensor, state: Any, text: tuple[Tensor, Tensor], gates: Any
+) -> tuple[Tensor, Tensor]:
+    """As `absorb`, where tokens are dropped and not merged: the new one is in the last slot, and what was there moves
+    to the slot of a token that leaves the window and was given up, if there is one."""
+    held = ("length", "table", "used", "keys", "values", "recent", "seen")
+    return _take("admit", (query, key, value, text[0]), state, held, gates)
+
+
+def _take(name: str, token: tuple[Tensor, ...], state: Any, held: tuple[str, ...], gates: Any) -> tuple[Tensor, Tensor]:
+    out = torch.empty(token[0].shape, dtype=token[0].dtype), torch.empty(token[1].shape, dtype=token[1].dtype)
     settings = (float(gates.scale), float(gates.offset), float(gates.keep), bool(gates.shared))
-    arrays = [tensor.numpy() for tensor in out]
-    absorbed = _loop("absorb")
-    while missing := absorbed(*token, settings, *map(_array, state.parts), *arrays):
-        state.make_room(*missing)
+    state.make_room(*_loop("room")(_array(state.length), state.values.shape[1]))
+    arrays = [_array(getattr(state, part)) for part in held]
+    _loop(name)(*map(_array, token), settings, *arrays, out[0].numpy(), out[1].numpy())
     return out
 
 
@@ -103,13 +115,15 @@ def attend(query: Tensor, key: Tensor, state: Any, keep: float, scaling: float) 
 
 
 class Step(NamedTuple):
-    """A decoding step in its two halves, between which the caller rotates query and key."""
+    """A decoding step in its two halves, between which the caller rotates query and key; the first is `absorb` where
+    tokens merge and `admit` where they are dropped."""
 
     absorb: Callable[..., tuple[Tensor, Tensor]]
+    admit: Callable[..., tuple[Tensor, Tensor]]
     attend: Callable[..., Tensor]
 
 
-COMPILED = Step(absorb, attend)
+COMPILED = Step(absorb, admit, attend)
 
 
 @lru_cache(maxsize=1)
@@ -143,18 +157,20 @@ def _recurrence(alpha, terms, start, sums):
             last = sums[row, t]
 
 
+def _room(length, page):
+    """Pages, and columns of the table, that one token more in each head may need."""
+    pages, columns = 0, 0
+    for b in range(length.shape[0]):
+        for h in range(length.shape[1]):
+            pages += length[b, h] % page == 0
+            columns = max(columns, length[b, h] // page + 1)
+    return pages, columns
+
+
 def _absorb(query, key, value, valid, ends, gates, sums, length, table, used, values, ended, out_query, out_key):
-    """Nothing is done, and what is missing is returned (pages, columns of the table), where pages are."""
     scale, offset, keep, shared = gates
     batch, heads, group, dim = query.shape
     page = values.shape[1]
-    pages, columns = 0, 0
-    for b in range(batch):
-        for h in range(heads):
-            pages += length[b, h] % page == 0
-            columns = max(columns, length[b, h] // page + 1)
-    if used[0] + pages > values.shape[0] or columns > table.shape[2]:
-        return pages, columns
     for b in range(batch):
         opens = ended[b] or ends[b] or length[b, 0] == 0
         mean = 0.0
@@ -191,7 +207,46 @@ def _absorb(query, key, value, valid, ends, gates, sums, length, table, used, va
                     values[table[b, h, top // page], top % page, c] = sums[b, h, dim + c] / total
         if valid[b]:
             ended[b] = ends[b]
-    return None
+
+
+def _admit(query, key, value, valid, gates, length, table, used, keys, values, recent, seen, out_query, out_key):
+    scale, offset, keep, shared = gates
+    batch, heads, group, dim = query.shape
+    page, size = values.shape[1], recent.shape[2]
+    for b in range(batch):
+        now, before = seen[b] % size, (seen[b] - 1) % size
+        mean = 0.0
+        for h in range(heads):
+            mean += key[b, h, dim - 1] / heads
+        for h in range(heads):
+            for c in range(dim):
+                for g in range(group):
+                    out_query[b, h, g, c] = query[b, h, g, c] * (keep if c == dim - 1 else 1)
+                out_key[b, h, c] = key[b, h, c] * (keep if c == dim - 1 else 1)
+            if not valid[b]:
+                continue
+            logit = scale * (mean if shared else key[b, h, dim - 1]) - offset
+            if keep == 0 and logit > 0 and seen[b] > 0:
+                recent[b, h, before] = -1 - recent[b, h, before]
+            leaving = recent[b, h, now]
+            if seen[b] >= size and leaving < 0:
+                goal, last = -1 - leaving, length[b, h] - 1
+                to, source = table[b, h, goal // page], table[b, h, last // page]
+                for c in range(dim):
+                    keys[to, goal % page, c] = keys[source, last % page, c]
+                    values[to, goal % page, c] = values[source, last % page, c]
+                recent[b, h, before] = goal if recent[b, h, before] >= 0 else -1 - goal
+            else:
+                if length[b, h] % page == 0:
+                    table[b, h, length[b, h] // page] = used[0]
+                    used[0] += 1
+                length[b, h] += 1
+            top = length[b, h] - 1
+            recent[b, h, now] = top
+            for c in range(dim):
+                values[table[b, h, top // page], top % page, c] = value[b, h, c]
+        if valid[b]:
+            seen[b] += 1
 
 
 def _store(query, key, keys, table, length, keep, work, stretch):
@@ -281,7 +336,9 @@ def _merge(found, work, out):
 
 _SOURCES = {
     "recurrence": _recurrence,
+    "room": _room,
     "absorb": _absorb,
+    "admit": _admit,
     "store": _store,
     "stretch": _stretch,
     "merge": _merge,

@@ -25,15 +25,16 @@ from transformers.cache_utils import DynamicLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .attend import Decisions, Heads, Text, attention
+from .attend import attention
 from .gates import Gates
+from .heads import Decisions, Heads, Text
 from .slots import SlotLayer
 
 PREFIX = "nestling_dmc_"
 FUNCTION = "nestling_dmc"
 FOLDED = "compressed:"  # before the type of each layer in config.json, which no stock config class takes
 CODE = "modeling_nestling_dmc.py"
-FILES = ("gates.py", "kernel.py", "pool.py", "slots.py", "plain.py", "attend.py", "modeling.py")
+NAMES = ("gates", "heads", "kernel", "pool", "slots", "plain", "drop", "attend", "modeling")  # files to be copied
 
 
 # ---- classes
@@ -111,8 +112,8 @@ def model_class(base: str, stock: Any = None, config: Any = None) -> type[PreTra
 
 def write_code(folder: Path, base: str, names: dict[str, str]) -> None:
     """Put what the model needs to run into its folder, for `trust_remote_code`."""
-    for name in FILES:
-        shutil.copyfile(Path(__file__).parent / name, folder / name)
+    for name in NAMES:
+        shutil.copyfile(Path(__file__).parent / f"{name}.py", folder / f"{name}.py")
     (folder / CODE).write_text(
         f'''"""Model code of this checkpoint, whose KV cache is compressed; written by Nestling, needs transformers."""
 

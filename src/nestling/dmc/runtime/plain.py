@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .gates import Gates, logits, without_channel
 from .kernel import Step
-from .slots import SlotLayer
+from .slots import PAGE, SlotLayer
 
 
 def absorb(
@@ -36,6 +36,38 @@ def absorb(
     return without_channel(query, gates.keep), without_channel(mean_key, gates.keep)
 
 
+def admit(
+    query: Tensor, key: Tensor, value: Tensor, slots: SlotLayer, text: tuple[Tensor, Tensor], gates: Gates
+) -> tuple[Tensor, Tensor]:
+    """See `kernel.admit`."""
+    leave = logits(query.unsqueeze(3), key.unsqueeze(2), gates)[0][..., 0] > 0
+    row = torch.arange(len(query), device=query.device)
+    now, before = slots.seen % gates.recent, (slots.seen - 1) % gates.recent
+    real, newest = text[0].unsqueeze(1), slots.recent[row, :, before]
+    newest = torch.where(real & (slots.seen > 0).unsqueeze(1) & leave, -1 - newest, newest)
+    slots.recent[row, :, before] = newest
+    leaving = slots.recent[row, :, now]
+    freed = real & (slots.seen > gates.window).unsqueeze(1) & (leaving < 0)
+    appended = real & ~freed
+    slots.reserve(slots.length + appended)
+    _move_last(slots, freed, -1 - leaving)
+    slots.recent[row, :, before] = torch.where(freed, torch.where(newest < 0, leaving, -1 - leaving), newest)
+    slots.length = slots.length + appended
+    slots.recent[row, :, now] = torch.where(real, slots.length - 1, slots.recent[row, :, now]).to(newest.dtype)
+    row, head = torch.nonzero(real.expand_as(freed), as_tuple=True)
+    slots.write(row, head, slots.length[row, head] - 1, None, value[row, head])
+    slots.seen = slots.seen + text[0]
+    return without_channel(query, gates.keep), without_channel(key, gates.keep)
+
+
+def _move_last(slots: SlotLayer, chosen: Tensor, goal: Tensor) -> None:
+    """Of the chosen heads `[batch, heads]`, the last slot goes to the slots `goal` `[batch, heads]`."""
+    row, head = torch.nonzero(chosen, as_tuple=True)
+    last = slots.length[row, head] - 1
+    place = (slots.table[row, head, last // PAGE], last % PAGE)
+    slots.write(row, head, goal[row, head].long(), slots.keys[place], slots.values[place])
+
+
 def attend(query: Tensor, key: Tensor, slots: SlotLayer, keep: float, scaling: float) -> Tensor:
     """See `kernel.attend`."""
     row, head = torch.nonzero(slots.length > 0, as_tuple=True)
@@ -46,4 +78,4 @@ def attend(query: Tensor, key: Tensor, slots: SlotLayer, keep: float, scaling: f
     return scaled_dot_product_attention(query, keys, values, attn_mask=held.unsqueeze(2), scale=scaling)
 
 
-PLAIN = Step(absorb, attend)
+PLAIN = Step(absorb, admit, attend)

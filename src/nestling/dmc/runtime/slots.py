@@ -1,9 +1,11 @@
 """A cache layer whose heads hold different numbers of slots, in pages: a door of transformers (`CacheLayerMixin`).
 
 Keys (rotated) and values of all heads of a layer lie in one pool of pages of 32 rows; a table says which pages are a
-head's. Only the newest slot of a head ever changes. Beside it stand the running sums of that slot in float32: weighted
-key (not rotated), weighted value, weight. To transformers the layer is as long as the text it has seen, so positions,
-masks and `generate` need not know that it holds less.
+head's. Where tokens merge, only the newest slot of a head ever changes, and beside it stand the running sums of that
+slot in float32: weighted key (not rotated), weighted value, weight. Where tokens are dropped, a new one takes the place
+of one that was, and beside the slots stands which of them hold the newest tokens; the order of slots means nothing, as
+keys are rotated, but the newest token is in the last. To transformers the layer is as long as the text it has seen, so
+positions, masks and `generate` need not know that it holds less.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from .gates import wide
 
 PAGE = 32  # rows; on average half a page per head is empty
 GROWTH = 8  # the pool grows by this part (1/8) at least, so a row is copied about eight times at most
-TENSORS = ("keys", "values", "sums", "length", "table", "used", "ended")
+OF_ROWS = ("sums", "length", "ended", "recent", "seen")
+TENSORS = ("keys", "values", "table", "used", *OF_ROWS)
 
 
 class SlotLayer(CacheLayerMixin):
@@ -26,6 +29,8 @@ class SlotLayer(CacheLayerMixin):
 
     keys, values: `[pages, PAGE, dim]`. table: `[batch, heads, columns]`, number of each page of a head. length: slots
     `[batch, heads]`. sums: `[batch, heads, 2 dim + 1]`. ended: whether the last token parted documents `[batch]`.
+    recent: slot of token t at t modulo its size `[batch, heads, window + 1]`, and -1 - slot where the token will be
+    dropped; of size 0 where tokens merge, as sums are where they do not. seen: real tokens so far `[batch]`.
     tokens: text seen so far. used: pages in use `[1]`.
     """
 
@@ -40,12 +45,15 @@ class SlotLayer(CacheLayerMixin):
 
     # ---- what transformers asks
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Empty, for keys and values `[batch, heads, *, dim]`."""
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor, recent: int = 0) -> None:
+        """Empty, for keys and values `[batch, heads, *, dim]`; `recent` newest tokens are kept whatever is decided."""
         batch, heads, _, dim = key_states.shape
         device = key_states.device
         self.keys, self.values = (states.new_empty(0, PAGE, dim) for states in (key_states, value_states))
-        self.sums = torch.zeros(batch, heads, 2 * dim + 1, dtype=wide(key_states.dtype), device=device)
+        width = 0 if recent else 2 * dim + 1
+        self.sums = torch.zeros(batch, heads, width, dtype=wide(key_states.dtype), device=device)
+        self.recent = torch.zeros(batch, heads, recent, dtype=torch.int32, device=device)
+        self.seen = torch.zeros(batch, dtype=torch.long, device=device)
         self.length = torch.zeros(batch, heads, dtype=torch.long, device=device)
         self.table = torch.zeros(batch, heads, 1, dtype=torch.long, device=device)
         self.used = torch.zeros(1, dtype=torch.long, device=device)
@@ -97,7 +105,7 @@ class SlotLayer(CacheLayerMixin):
             return
         rows = torch.arange(len(self.length), device=self.device)[indices.to(self.device)]
         old = self.table[rows]
-        for name in ("sums", "length", "ended"):
+        for name in OF_ROWS:
             setattr(self, name, getattr(self, name)[rows].contiguous())
         pages = -(-self.length // PAGE)
         held = torch.arange(old.shape[-1], device=self.device) < pages.unsqueeze(-1)
@@ -116,11 +124,6 @@ class SlotLayer(CacheLayerMixin):
         self._move(self.device)
 
     # ---- what attention asks
-
-    @property
-    def parts(self) -> tuple[Tensor, ...]:
-        """What a decoding step changes, in the order in which the compiled loop takes it."""
-        return self.sums, self.length, self.table, self.used, self.values, self.ended
 
     @property
     def nbytes(self) -> int:
