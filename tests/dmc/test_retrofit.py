@@ -12,8 +12,10 @@ from nestling.dmc.learner import Retrofit, merged_part
 from nestling.dmc.settings import RetrofitSettings
 from nestling.dmc.show import Merges
 from nestling.errors import NestlingError
+from nestling.train import fit
 from tests.dmc.models import merging
 from tests.models import logits, tiny, token_batches
+from tests.several import together
 
 SETTINGS = {"ratio": 3.0, "batch_size": 2, "learning_rate": 5e-3, "warmup": 0.0}
 
@@ -65,8 +67,42 @@ def test_pressure_follows_the_shortfall():
     ids = token_batches(1)[0]["input_ids"]
     before = at.pressure.item()
     at(ids, torch.roll(ids, -1, 1))
+    assert at.pressure.item() == before  # within a step all micro-batches are asked for the same
+    at.begin(7, 8)
     assert at.pressure.item() == pytest.approx(before + 2 * (2 / 3))
-    assert "pressure" in at.state_dict()
+    assert {"pressure", "shortfall"} <= at.state_dict().keys()
+
+
+class _Gated(Retrofit):
+    """Gates that differ from row to row from the first step on, and a goal that is never reached."""
+
+    def begin(self, step, steps):
+        self.press()
+        self.goal, self.seen = 0.9, [*getattr(self, "seen", []), self.pressure.item()]
+
+
+def pressures(**options):
+    settings = RetrofitSettings(steps=4, batch_size=4, learning_rate=1e-12, kd_weight=0, ce_weight=1, **options)
+    model = dmc.convert(tiny("llama", num_hidden_layers=1), scale=8.0, offset=0.3)  # gates that see no noise
+    model.config.dmc["keep"] = 0.0
+    at = _Gated(model, None, settings)
+    fit(at, token_batches(4, 4, 12), None, settings)
+    return at.seen
+
+
+def test_pressure_is_the_same_in_every_process_and_however_a_step_is_split(tmp_path):
+    expected = pressures()
+    assert len(set(expected)) == 4
+    assert pressures(micro_batch_size=1) == pytest.approx(expected, rel=1e-5)
+    for found in together(2, tmp_path, lambda: pressures(micro_batch_size=1)):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_window_that_is_longer_than_the_ratio_allows_is_refused():
+    at = Retrofit(dmc.convert(tiny("llama"), method="dms"), None, RetrofitSettings(method="dms", window=4))
+    ids = token_batches(1, seq=16)[0]["input_ids"]
+    with pytest.raises(NestlingError, match="window of 4 holds 5 alone"):
+        at(ids, ids)
 
 
 def test_an_interrupted_run_ends_at_the_same_weights(tmp_path):
@@ -102,7 +138,14 @@ class _Stopping:
 
 
 def test_settings_that_cannot_work_are_refused():
-    for wrong in ({"ratio": 0.5}, {"free_part": 0.6, "settle_part": 0.5}, {"gain": -1.0}, {"kd_weight": 0.0}):
+    for wrong in (
+        {"method": "x"},
+        {"window": -1},
+        {"ratio": 0.5},
+        {"free_part": 0.6, "settle_part": 0.5},
+        {"gain": -1.0},
+        {"kd_weight": 0.0},
+    ):
         with pytest.raises(NestlingError):
             dataclasses.replace(RetrofitSettings(), **wrong)
     with pytest.raises(NestlingError, match="already"):
@@ -114,3 +157,5 @@ def test_slots_of_a_text():
     assert found.slots(2, 0) == ["ab", "cd"]
     assert found.ratio(2, 0) == 2
     assert found.whole == pytest.approx(8 / 6)
+    found = Merges(("a", "b", "c", "d"), {0: ((False, False, True, True),)}, dropped=True)
+    assert found.slots(0, 0) == ["…c", "d"]
