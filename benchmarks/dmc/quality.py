@@ -1,15 +1,15 @@
-"""Loss and far recall at equal memory: a compressed cache against more training, fewer heads and eviction.
+"""Loss and far recall at equal memory: compressed caches against more training, fewer heads and eviction.
 
-A small Llama (4 layers, 4 heads of 32 channels, context 512) learns bytes of the standard library with pairs strewn in
-that must be recalled from up to 500 tokens back (see `corpus`). Then every arm gets the same tokens: `vanilla+` goes on
-as it is, `dmc` learns to merge at the ratio, `shared` decides once per layer, `gqa` starts from pooled heads. Eviction
-(H2O, TOVA, StreamingLLM) is applied to `vanilla+`, which costs it nothing in training. All are scored on held-out rows,
-`dmc` with the decisions of decoding.
+Every arm starts from the same `parent` and gets the same rows of `corpus`: `vanilla+` goes on as it is; `dmc` learns to
+merge at the ratio, `shared` decides once per layer, `dms` drops tokens behind a window of 16, `gqa` starts from pooled
+heads; `no-free`, `jump` and `taught` are `dmc` without its first stage, with the whole ratio asked for at once, and
+with the parent's distributions in place of the data. Eviction (H2O, TOVA, StreamingLLM) is applied to `vanilla+`, which
+costs it nothing in training. All are scored on held-out rows, caches with the decisions of decoding, at equal slots at
+the end of a row. Several `--tokens` show the trend.
 
-    python -m benchmarks.dmc.quality [--seeds 0 1] [--parent-tokens N] [--tokens N] [--work DIR] [--only ARM]
+    python -m benchmarks.dmc.quality [--seeds 0 1] [--arms vanilla+ dmc ...] [--ratios 4] [--tokens N] [--work DIR]
 
-Models are kept in `--work`, so arms can be run one by one; without `--only` those that are missing are run, and the
-result is written.
+Models and scores are kept in `--work`, an interrupted training goes on, and the result is written after every arm.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
@@ -25,119 +26,94 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from benchmarks.dmc.baselines import POLICIES, evicting, pooled
-from benchmarks.dmc.corpus import CONTEXT, END, KEYS, VOCAB, rows
+from benchmarks.dmc.corpus import CONTEXT, KEYS, held_out
+from benchmarks.dmc.parent import HEADS, HOW, TOKENS, parent, rows
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nestling import dmc
 from nestling.train import CausalLM, TrainSettings, fit
 
 RESULT = Path(__file__).parents[1] / "results/dmc/quality.json"
 RATIO = 4
-HEADS, LAYERS = 4, 4
-ARMS = ("vanilla+", "dmc", "gqa")
-ROWS = 96  # of held-out text
+RATE = 1e-3
+PARTS = {"free_part": 0.05, "settle_part": 0.4}
+ARMS: dict[str, dict[str, Any] | None] = {  # settings of a retrofit; None for arms without one
+    "vanilla+": None,
+    "dmc": {},
+    "dms": {"method": "dms", "window": 16},
+    "gqa": None,
+    "shared": {"shared": True},
+    "taught": {"kd_weight": 1.0, "ce_weight": 0.0},
+    "no-free": {"free_part": 0.0},
+    "jump": {"settle_part": 0.94},
+}
+ROWS = 96  # held out
 LEARNT = 0.2  # recall of vanilla+ below which recall says nothing: it has not been learnt
-HOW = {"batch_size": 4, "micro_batch_size": 4, "gradient_checkpointing": False, "save_every": 0, "warmup": 0.05}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--parent-tokens", type=int, default=2_500_000)
-    parser.add_argument(
-        "--tokens", type=int, nargs="+", default=[1_000_000], help="of each arm; several show the trend"
-    )
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["vanilla+", "dmc", "dms", "gqa"])
     parser.add_argument("--ratios", type=int, nargs="+", default=[RATIO])
+    parser.add_argument("--parent-tokens", type=int, default=TOKENS)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1_000_000], help="of each arm")
     parser.add_argument("--work", type=Path, default=Path("runs/dmc-quality"))
-    parser.add_argument("--only", help="make this arm (or `parent`) and stop")
     chosen = parser.parse_args()
-    parent = kept(chosen.work / f"parent-{chosen.parent_tokens}", lambda: train_parent(chosen.parent_tokens))
-    found: list[dict[str, Any]] = []
-    for tokens in chosen.tokens if chosen.only != "parent" else ():
-        for seed in chosen.seeds:
-            found += run(parent, tokens, seed, chosen)
-    if chosen.only:
-        return
-    found.append({"arm": "parent", "ratio": 1.0, "seed": 0, "tokens": chosen.parent_tokens} | score(parent))
+    folder = parent(chosen.work, chosen.parent_tokens)
+    found = [{"arm": "parent", "ratio": 1.0, "seed": 0, "tokens": 0} | kept_score(folder)]
+    for seed in chosen.seeds:
+        for tokens in chosen.tokens:
+            for row in run(folder, tokens, seed, chosen):
+                found.append(row)
+                write(found, chosen)
     show(found)
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(record(found, chosen), indent=1) + "\n")
 
 
-def run(parent: Path, tokens: int, seed: int, chosen: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of all arms of one seed; arms whose model is there are only scored."""
-    found = []
-    for arm in ARMS:
+def run(start: Path, tokens: int, seed: int, chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows of all arms of one seed, each as soon as it is there; eviction comes with `vanilla+`."""
+    for arm in chosen.arms:
         for ratio in (1,) if arm == "vanilla+" else chosen.ratios:
-            if chosen.only in (None, arm):
-                name = f"{arm}-{ratio}-{tokens}-{chosen.parent_tokens}-s{seed}"
-                where = kept(chosen.work / name, lambda a=arm, r=ratio: train_arm(parent, a, r, tokens, seed))
-                about = {"arm": arm, "ratio": float(ratio), "seed": seed, "tokens": tokens}
-                found.append(about | (score(where) if chosen.only is None else {}))
-    if chosen.only is None:
-        vanilla = chosen.work / f"vanilla+-1-{tokens}-{chosen.parent_tokens}-s{seed}"
-        for policy in POLICIES:
-            for ratio in chosen.ratios:
-                about = {"arm": policy, "ratio": float(ratio), "seed": seed, "tokens": tokens}
-                found.append(about | score(vanilla, policy, CONTEXT // ratio))
-    return found
+            folder = chosen.work / f"{start.name}-{arm}-{ratio}-{tokens}-s{seed}"
+            train_arm(start, folder, arm, ratio, tokens, seed)
+            about = {"seed": seed, "tokens": tokens}
+            yield {"arm": arm, "ratio": float(ratio)} | about | kept_score(folder)
+            for policy in POLICIES if arm == "vanilla+" else ():
+                for cut in chosen.ratios:
+                    yield {"arm": policy, "ratio": float(cut)} | about | kept_score(folder, policy, CONTEXT // cut)
 
 
-def kept(folder: Path, make: Any) -> Path:
-    """The folder with a model; made if it is not there."""
-    if not (folder / "config.json").exists():
-        make().save_pretrained(folder)
-    return folder
+def train_arm(start: Path, folder: Path, arm: str, ratio: int, tokens: int, seed: int) -> None:
+    """One arm's model, from the parent, in `folder`; nothing is done if it is there."""
+    if (folder / "config.json").exists():
+        return
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+    common = HOW | {"tokens": tokens, "seed": seed, "learning_rate": RATE, "save_every": 50}
+    data, settings = rows(tokens, seed + 1), ARMS[arm]
+    if settings is not None:
+        plain = {"kd_weight": 0.0, "ce_weight": 1.0} | PARTS
+        dmc.retrofit(model, data, run_dir=folder, ratio=ratio, **(common | plain | settings))
+    else:
+        model = pooled(model, HEADS // ratio) if arm == "gqa" else model
+        fit(CausalLM(model), data, None, TrainSettings(**common), run_dir=folder)
+    model.save_pretrained(folder)
 
 
-def train_parent(tokens: int) -> PreTrainedModel:
-    """The model that every arm starts from."""
-    set_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32 * HEADS,
-        head_dim=32,
-        intermediate_size=384,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=END,
-        pad_token_id=END,
-    )
-    model = LlamaForCausalLM(config)
-    return _fit(model, tokens, 0, 2e-3)
-
-
-def train_arm(parent: Path, arm: str, ratio: int, tokens: int, seed: int) -> PreTrainedModel:
-    """One arm, from the parent, on `tokens` tokens of its seed."""
-    model = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
-    if arm == "dmc":
-        settings = {"tokens": tokens, "seed": seed, "learning_rate": 1e-3, "kd_weight": 0.0, "ce_weight": 1.0}
-        return dmc.retrofit(model, _data(tokens, seed), ratio=ratio, **HOW, **settings)
-    return _fit(pooled(model, HEADS // ratio) if arm == "gqa" else model, tokens, seed, 1e-3)
-
-
-def _fit(model: PreTrainedModel, tokens: int, seed: int, rate: float) -> PreTrainedModel:
-    settings = TrainSettings(tokens=tokens, seed=seed, learning_rate=rate, **HOW)
-    fit(CausalLM(model), _data(tokens, seed), None, settings)
-    return model
-
-
-def _data(tokens: int, seed: int) -> list[dict[str, torch.Tensor]]:
-    ids, _ = rows("train", -(-tokens // CONTEXT), seed + 1)
-    return [{"input_ids": part} for part in ids.split(HOW["batch_size"])]
+def kept_score(folder: Path, policy: str | None = None, budget: int = 0) -> dict[str, float]:
+    """`score`, read from the folder if it was taken before."""
+    path = folder / (f"score-{policy}-{budget}.json" if policy else "score.json")
+    if not path.exists():
+        path.write_text(json.dumps(score(folder, policy, budget)))
+    return json.loads(path.read_text())
 
 
 @torch.no_grad()
 def score(folder: Path, policy: str | None = None, budget: int = 0) -> dict[str, float]:
-    """Nats per byte of text, share of pairs recalled, and the measured ratio, on held-out rows."""
+    """Nats per token of text, share of pairs recalled, and the measured ratio, on held-out rows."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids, recalled = rows("validation", ROWS, 99)
+    ids, recalled = held_out(ROWS)
     losses, hits = [], []
     for part, wanted in zip(ids.split(16), recalled.split(16), strict=True):
         if policy is None:
@@ -155,38 +131,47 @@ def score(folder: Path, policy: str | None = None, budget: int = 0) -> dict[str,
     return found
 
 
-def record(found: list[dict[str, Any]], chosen: argparse.Namespace) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    words = f"--seeds {' '.join(map(str, chosen.seeds))} --parent-tokens {chosen.parent_tokens} "
-    words += f"--tokens {' '.join(map(str, chosen.tokens))} --ratios {' '.join(map(str, chosen.ratios))}"
-    return {
+def write(found: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
+    """Record what there is so far."""
+    lists = {name: " ".join(map(str, getattr(chosen, name))) for name in ("seeds", "arms", "ratios", "tokens")}
+    words = f"--parent-tokens {chosen.parent_tokens} " + " ".join(f"--{name} {what}" for name, what in lists.items())
+    recorded = {
         "command": f"python -m benchmarks.dmc.quality {words}",
-        "commit": commit.stdout.strip(),
-        "versions": {name: version(name) for name in ("nestling", "torch", "transformers")},
         "seeds": chosen.seeds,
+        **versions(),
         "rows": found,
         "claims": claims(found, max(chosen.tokens)),
     }
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    RESULT.write_text(json.dumps(recorded, indent=1) + "\n")
+
+
+def versions() -> dict[str, Any]:
+    """What was run."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    packages = {name: version(name) for name in ("nestling", "torch", "transformers")}
+    return {"commit": commit.stdout.strip(), "versions": packages}
 
 
 def claims(found: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
-    """Per seed: loss of dmc over that of vanilla+, and recall of dmc minus that of the best eviction."""
-
-    def value(arm: str, seed: int, name: str) -> float:
-        rows = [r for r in found if r["arm"] == arm and r["seed"] == seed and r["tokens"] == tokens]
-        return next(r[name] for r in rows if r["ratio"] in (1, RATIO))
-
-    seeds = sorted({row["seed"] for row in found if row["arm"] == "dmc"})
-    loss = [value("dmc", seed, "loss") / value("vanilla+", seed, "loss") for seed in seeds]
-    best = [max(value(policy, seed, "recall") for policy in POLICIES) for seed in seeds]
-    gain = [value("dmc", seed, "recall") - other for seed, other in zip(seeds, best, strict=True)]
+    """Of the seeds whose arms are all there: loss of a cache over that of vanilla+, and its lead in recall."""
+    value = {(r["arm"], r["ratio"], r["seed"]): r for r in found if r["tokens"] == tokens}
     what = f"ratio {RATIO}, small Llama trained here, {tokens:,} tokens of retrofit"
-    text = "held-out loss of bytes, dmc over vanilla with the same further training"
-    pairs = "share of pairs recalled, dmc minus the best of H2O, TOVA, StreamingLLM at as many slots"
-    found_claims = {"loss_ratio_4x": _claim(loss, seeds, "x", f"{text}; {what}")}
-    if mean(value("vanilla+", seed, "recall") for seed in seeds) > LEARNT:
-        found_claims["recall_4x_vs_best_eviction"] = _claim(gain, seeds, "share", f"{pairs}; {what}")
-    return found_claims
+    text = "held-out loss of text, over that of the model without a compressed cache after the same further training"
+    pairs = "share of pairs recalled, minus the best of H2O, TOVA, StreamingLLM at as many slots"
+    made = {}
+    for arm, ending in (("dmc", ""), ("dms", "_dms")):
+        seeds = sorted(s for a, ratio, s in value if (a, ratio) == (arm, RATIO) and ("streaming", RATIO, s) in value)
+        if not seeds:
+            continue
+        own, plain = ([value[a, r, s] for s in seeds] for a, r in ((arm, RATIO), ("vanilla+", 1)))
+        losses = [a["loss"] / b["loss"] for a, b in zip(own, plain, strict=True)]
+        made[f"loss_ratio_4x{ending}"] = _claim(losses, seeds, "x", f"{arm}: {text}; {what}")
+        best = [max(value[policy, RATIO, s]["recall"] for policy in POLICIES) for s in seeds]
+        leads = [a["recall"] - b for a, b in zip(own, best, strict=True)]
+        if mean(row["recall"] for row in plain) > LEARNT:
+            made[f"recall_4x_vs_best_eviction{ending}"] = _claim(leads, seeds, "share", f"{arm}: {pairs}; {what}")
+    return made
 
 
 def _claim(values: list[float], seeds: list[int], unit: str, how: str) -> dict[str, Any]:
