@@ -79,7 +79,7 @@ def model(context: int, rounds: int) -> list[dict[str, Any]]:
     stock = llama()
     small = dmc.free(dmc.convert(copy.deepcopy(stock)))
     static = StaticCache(config=stock.config, max_cache_len=context + STEPS * (rounds + 2))
-    fill_static(static, context)
+    fill_static(static, stock.config, context)
     arms = {"sdpa": stepper(stock, static, context)}
     for ratio in RATIOS:
         arms[f"dmc {ratio}x"] = stepper(small, slot_cache(small, context, ratio), context)
@@ -118,20 +118,21 @@ def stepper(of: PreTrainedModel, cache: Any, context: int) -> Callable[[], None]
     return run
 
 
-def fill_static(cache: StaticCache, context: int) -> None:
-    states = torch.randn(1, MODEL["heads"], context, MODEL["dim"])
-    for layer in range(MODEL["num_hidden_layers"]):
+def fill_static(cache: StaticCache, config: Any, context: int) -> None:
+    states = torch.randn(1, config.num_key_value_heads, context, config.head_dim)
+    for layer in range(config.num_hidden_layers):
         cache.update(states, states, layer)
 
 
-def slot_cache(of: PreTrainedModel, context: int, ratio: int) -> DynamicCache:
+def slot_cache(of: PreTrainedModel, context: int, ratio: float) -> DynamicCache:
     """A cache as `context` tokens would leave it at that ratio."""
     cache = DynamicCache(config=of.config)
-    cache.layers = [slots(1, MODEL["heads"], MODEL["dim"], context, ratio) for _ in cache.layers]
+    heads, dim = of.config.num_key_value_heads, of.config.head_dim
+    cache.layers = [slots(1, heads, dim, context, ratio) for _ in cache.layers]
     return cache
 
 
-def slots(batch: int, heads: int, dim: int, context: int, ratio: int) -> SlotLayer:
+def slots(batch: int, heads: int, dim: int, context: int, ratio: float) -> SlotLayer:
     """A layer whose heads hold `context / ratio` slots on average, ragged unless the ratio is 1."""
     layer = SlotLayer()
     layer.lazy_initialization(torch.zeros(batch, heads, 0, dim), torch.zeros(batch, heads, 0, dim))
