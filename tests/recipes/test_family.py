@@ -66,6 +66,23 @@ def test_a_member_is_what_compress_makes(place, brief, capsys):
     assert weights(place / "other" / "model") != weights(place / "run" / "members" / "0.9x" / "model")
 
 
+def test_the_teacher_is_corrected_once_for_all(place, brief, capsys, monkeypatch):
+    """Every member learns from it as `compress` would; without a correction they differ."""
+    corrections, real = [], child.corrected
+    monkeypatch.setattr(child, "corrected", lambda *a: corrections.append(1) or real(*a))
+    first = ["--distill.correction", "first", "--distill.correct_rate", "1.0"]
+    run(capsys, *FAMILY, *first)
+    assert len(corrections) == 1
+    assert not {name for name in files(place / "run") if "teacher/" in name or "correction/" in name}
+    alone = ["compress", "m", "--to", "0.7x", "--axes", "intermediate_size", *JOB]
+    run(capsys, *alone, "--out", "alone", *first, "--distill.keep_teacher", "true")
+    assert (place / "alone" / "teacher" / "config.json").exists()
+    member = weights(place / "run" / "members" / "0.7x" / "model")
+    assert weights(place / "alone" / "model") == member
+    run(capsys, *alone, "--out", "plain")
+    assert weights(place / "plain" / "model") != member
+
+
 def test_a_stopped_family_goes_on(place, brief, capsys, monkeypatch):
     real, calls = child.distill, []
 
@@ -103,7 +120,7 @@ def test_members_share_the_parents_likeliest_tokens(place, brief, capsys):
     """Kept tokens give what a live teacher with the same top_k gives, to the rounding of what is kept."""
     top = ["--distill.top_k", "20"]
     run(capsys, *FAMILY, *top)
-    assert (place / "run" / "teacher" / "cache.json").exists()
+    assert (place / "run" / "teacher_tokens" / "cache.json").exists()
     alone = ["compress", "m", "--to", "0.9x", "--axes", "intermediate_size", "--out", "alone", *JOB, *top]
     run(capsys, *alone)
     found, expected = (

@@ -1,7 +1,7 @@
 """Distillation: a pruned student learns again from its teacher (Minitron, arXiv 2407.14679, section 3)."""
 
 from nestling.distill.cache import Cache, teacher_cache
-from nestling.distill.correct import Together, corrected
+from nestling.distill.correct import Together, corrected, leave
 from nestling.distill.distill import distill
 from nestling.distill.pair import Pair
 from nestling.distill.settings import DistillSettings
@@ -19,6 +19,7 @@ __all__ = [
     "corrected",
     "distill",
     "divergence",
+    "leave",
     "state_loss",
     "teacher_cache",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from nestling.distill.settings import DistillSettings
 from nestling.train import CROSS_ENTROPY, CausalLM, Head, TrainSettings, fit, logit_losses
 
 FOLDER = "teacher"  # in the run folder, while it is needed or if it is kept
+CHECKPOINTS = "correction"  # while it is being made
 
 
 def corrected(
@@ -43,12 +45,19 @@ def corrected(
     if settings.correct_tokens:
         shared |= {"tokens": settings.correct_tokens, "steps": None}
     shared["learning_rate"] = settings.learning_rate * settings.correct_rate
-    place = Path(run_dir, "correction") if run_dir is not None else None
+    place = Path(run_dir, CHECKPOINTS) if run_dir is not None else None
     fit(CausalLM(model), data, tokenizer, TrainSettings(**shared), place, resume)
     model = model.to(teacher.dtype)  # type: ignore[arg-type]
     if folder is not None:
         processes.first(lambda: str(hub.save(model, folder, tokenizer, overwrite=True)))
     return model
+
+
+def leave(run_dir: str | Path, keep: bool) -> None:
+    """Remove what a correction left in the run folder; the corrected teacher stays if it is to be kept."""
+    shutil.rmtree(Path(run_dir, CHECKPOINTS), ignore_errors=True)
+    if not keep:
+        shutil.rmtree(Path(run_dir, FOLDER), ignore_errors=True)
 
 
 class Together(Pair):

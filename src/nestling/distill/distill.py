@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from nestling import hub, processes
 from nestling.distill.cache import Cache, teacher_cache
-from nestling.distill.correct import FOLDER, Together, corrected
+from nestling.distill.correct import FOLDER, Together, corrected, leave
 from nestling.distill.pair import Pair
 from nestling.distill.settings import DistillSettings
 from nestling.distill.states import parse_layer_map
@@ -86,10 +85,8 @@ def _cached(
 
 def _leave(pair: Pair, settings: DistillSettings, run_dir: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Keep the corrected teacher, or remove what is left of it."""
-    shutil.rmtree(run_dir / "correction", ignore_errors=True)
-    if not settings.keep_teacher:
-        shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
-    elif isinstance(pair, Together):
+    leave(run_dir, settings.keep_teacher)
+    if settings.keep_teacher and isinstance(pair, Together):
         hub.save(pair.corrected, run_dir / FOLDER, tokenizer, overwrite=True)
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from nestling import evaluate, hub, processes
 from nestling.anatomy import Anatomy
 from nestling.data import batches, documents
-from nestling.distill import DistillSettings, distill
+from nestling.distill import DistillSettings, corrected, distill, leave
 from nestling.evaluate.pairs import read_pairs
 from nestling.ranking import Ranking, rank
 from nestling.recipes.progress import bar
@@ -120,6 +120,20 @@ class Parent:
             documents(spec, split, tokenizer=self.tokenizer)
         if getattr(settings, "pairs", None):
             read_pairs(settings.pairs)
+
+    @cached_property
+    def teacher(self) -> PreTrainedModel:
+        """What all children learn from: the parent, or a copy of it that is corrected once for all of them."""
+        how = self.settings.distill
+        if how.correction != "first":
+            return self.model
+        return corrected(self.model, self.settings.data, self.tokenizer, how, self.run.folder)
+
+    def taught(self) -> None:
+        """Say that the last child is distilled: a corrected teacher goes, unless it is to be kept."""
+        how = self.settings.distill
+        if how.correction == "first":
+            processes.first(lambda: leave(self.run.folder, how.keep_teacher))
 
     def load(self, run: Run, name: str) -> PreTrainedModel:
         """A model that is kept in a run folder, where and how the parent is."""
@@ -282,13 +296,13 @@ class Child:
         return self.parent.scores(name, model())
 
     def _distilled(self) -> PreTrainedModel:
-        parent = self.parent
+        parent, how = self.parent, self.parent.settings.distill
         return distill(
             parent.load(self.run, "pruned"),
-            parent.model,
+            parent.teacher,
             parent.settings.data,
             parent.tokenizer,
-            parent.settings.distill,
+            replace(how, correction="none") if how.correction == "first" else how,
             run_dir=self.run.folder,
             cache=parent.cache,
         )

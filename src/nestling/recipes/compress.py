@@ -57,6 +57,7 @@ def compress(settings: CompressSettings) -> dict[str, Any]:
         child.prune()
     with stages("distill from the parent"):
         child.distill()
+        parent.taught()
     with stages("evaluate parent and child"):
         results = child.evaluate()
     with stages("write the report"):

@@ -58,8 +58,8 @@ def family(settings: FamilySettings) -> dict[str, Any]:
     parent = Parent(settings, settings.calibration_tokens)
     targets = _targets(parent, settings)
     run = parent.run = Run("family", settings, settings.out, settings.overwrite)
-    if settings.distill.top_k and settings.distill.correction == "none" and not settings.distill.states:
-        parent.cache = run.path("teacher")
+    if settings.distill.top_k and settings.distill.correction != "together" and not settings.distill.states:
+        parent.cache = run.path("teacher_tokens")
     stages = Stages(2 + 4 * len(targets))
     with stages("rank every axis of the parent on calibration text"):
         origin = Origin(parent, parent.model, run)
@@ -70,6 +70,7 @@ def family(settings: FamilySettings) -> dict[str, Any]:
         made.append(_member(child, budget, stages))
         if settings.each_from == "previous" and len(made) < len(targets):
             origin = Origin(parent, child.model, child.run)
+    parent.taught()
     with stages("write the family's report"):
         summary: dict[str, Any] = run.values("summary.json", lambda: _summary(parent, settings, made))
         report = processes.first(lambda: str(write_report(run.folder)))
