@@ -4,7 +4,7 @@ Seven shapes of about 0.54 of the parent's parameters, from all depth to all wid
 that the order before training is not the order after it, and that a short training shows it: Spearman's correlation of
 the ranks with those of the longest training says how far each is to be believed.
 
-    python -m benchmarks.minitron.candidates [--seeds 0 1] [--tokens 8192 24576]
+    python -m benchmarks.minitron.candidates [--seeds 0 1] [--tokens 4096 16384]
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SHAPES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 24_576], help="of distillation, each anew")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 16_384], help="of distillation, each anew")
     chosen, record = parser.parse_args(), Record("minitron", "candidates")
     for seed in chosen.seeds:
         ground = Ground(seed)

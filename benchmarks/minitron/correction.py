@@ -4,7 +4,7 @@ The parent knows the standard library; its child is distilled on other text, giv
 validation part: from the parent as it is, from a copy fine-tuned on the text first, and from one that is fine-tuned
 together with the child. `text alone` is the child trained without a teacher.
 
-    python -m benchmarks.minitron.correction --text FILE [--seeds 0 1] [--tokens 24576]
+    python -m benchmarks.minitron.correction --text FILE [--seeds 0 1] [--tokens 16384]
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", required=True, help="file of other text than the standard library")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--tokens", type=int, default=24_576, help="of distillation, and of the correction before it")
+    parser.add_argument("--tokens", type=int, default=16_384, help="of distillation, and of the correction before it")
     chosen, record = parser.parse_args(), Record("minitron", "correction")
     for seed in chosen.seeds:
         ground = Ground(seed)

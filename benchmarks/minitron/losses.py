@@ -1,8 +1,8 @@
 """Minitron's tables 15 to 17: what a child learns with, at a mild and at a strong cut of its layers.
 
-One of six layers off, or three. The divergence of the logits (forward and reverse KL, Jensen-Shannon, MSE, cosine), the
-text's cross-entropy beside the KL, and intermediate states beside it: embedding and output of the layers that the
-default pairs, and of a pair that does not belong together (the teacher's second layer with the student's last).
+One of six layers off, or three. The divergence of the logits (forward and reverse KL, MSE, cosine), the text's
+cross-entropy beside the KL, and intermediate states beside it: embedding and output of the layers that the default
+pairs, and of a pair that does not belong together (the teacher's second layer with the student's last).
 
     python -m benchmarks.minitron.losses [--seeds 0 1] [--tokens 16384]
 """
@@ -23,12 +23,9 @@ STATES = ["embedding", "output"]
 ARMS: dict[str, dict[str, Any]] = {
     "KLD": {},
     "reverse KLD": {"loss": "reverse_kl"},
-    "JSD": {"loss": "jensen_shannon"},
     "MSE": {"loss": "mse"},
     "cosine": {"loss": "cosine"},
     "KLD + text": {"ce_weight": 1.0},
-    "text alone": {"kd_weight": 0.0, "ce_weight": 1.0},
-    "KLD + output": {"states": ["output"]},
     "KLD + embedding + output": {"states": STATES},
     "KLD + embedding + output, wrong pair": {"states": STATES, "layer_map": "1:{last}"},
 }
