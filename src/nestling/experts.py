@@ -1,15 +1,16 @@
 """Routed experts, computed fast on CPUs: the implementation `nestling` of transformers' `ExpertsInterface`.
 
-Tokens are sorted by expert once. What every expert has of them, up to a common number of rows, goes through one batched
-product; the few rows above it go expert by expert. Padding rows have weight zero, so nothing is dropped and nothing is
-added. The backward pass is written by hand: of a call's activations it keeps the up projection's output alone, and the
-gate's gradient follows from W^T dy and the activation, without the experts' outputs. On other devices the work is
-handed over to transformers' `grouped_mm`. Knows transformers' expert modules, nothing of this package.
+Tokens are sorted by expert once. Experts go two by two through batched products, each with the one whose load is next
+to its own: two small products side by side keep two threads busier than one that is cut between them. The few rows
+that the smaller load is short of have weight zero, so nothing is dropped and nothing is added. The backward pass is
+written by hand: of a call's activations it keeps the up projection's output alone, and the gate's gradient follows from
+W^T dy and the activation, without the experts' outputs. On other devices the work is handed over to transformers'
+`grouped_mm`. Knows transformers' expert modules, nothing of this package.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,11 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
 from transformers.integrations import moe as stock
 
 NAME = "nestling"
-# Rows whose time the call of one more matrix product takes.
-EXTRA_ROWS = 16
 
 
 def register_experts() -> None:
@@ -113,7 +113,7 @@ def _activation(module: Any) -> Activation | None:
     if not module.has_gate:
         return cast(Activation, module.act_fn)
     plain = type(module)._apply_gate is stock._default_apply_gate
-    if plain and isinstance(module.act_fn, nn.SiLU):
+    if plain and isinstance(module.act_fn, nn.SiLU | SiLUActivation):
         return None
     return cast(Activation, module._apply_gate)
 
@@ -150,85 +150,74 @@ def _one_token(experts: Experts, hidden: Tensor, index: Tensor, weights: Tensor)
 class Plan:
     """Where each token's slots stand among the rows.
 
-    Rows are `capacity` for each expert, padded, then those above it, expert by expert as in `rest` (expert, first row,
-    end), then one for slots without an expert if `spare`.
+    pairs: experts that go together, as slices. sizes: their rows, in this order, half of them to each expert; then 1 if
+    there is a row for slots without an expert (`spare`).
     """
 
-    experts: int
-    capacity: int
-    rest: tuple[tuple[int, int, int], ...]
-    rows: int
+    pairs: tuple[slice, ...]
+    sizes: list[int]
     spare: bool
 
     @property
-    def batched(self) -> int:
-        return self.experts * self.capacity
+    def rows(self) -> int:
+        return sum(self.sizes)
+
+    def split(self, rows: Tensor) -> Iterator[Tensor]:
+        """The rows of each pair: `[rows, width]` -> `[experts, rows, width]`."""
+        for pair, part in zip(self.pairs, rows.split(self.sizes), strict=False):
+            experts = 2 if pair.stop - pair.start > 1 else 1
+            yield part.view(experts, len(part) // experts, rows.shape[1])
 
 
 def plan(index: Tensor, experts: int) -> tuple[Plan, Tensor, Tensor]:
     """Lay out the slots of `index` `[tokens, k]`: the plan, each slot's row `[tokens, k]`, each row's token."""
     flat = index.reshape(-1)
-    order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat, minlength=experts)[:experts]
-    numbers = counts.tolist()
-    capacity, used = _capacity(numbers), sum(numbers)
-    rest, row = [], experts * capacity
-    for expert, count in enumerate(numbers):
-        if count > capacity:
-            rest.append((expert, row, row + count - capacity))
-            row += count - capacity
-    layout = Plan(experts, capacity, tuple(rest), row + (used < len(flat)), used < len(flat))
-    expert_of, slots = flat[order[:used]], torch.arange(used, device=flat.device)
-    place = slots - (counts.cumsum(0) - counts)[expert_of]
-    above = (counts - capacity).clamp_min(0)
-    row_of = layout.batched + (above.cumsum(0) - above)[expert_of] + place - capacity
-    row_of = torch.where(place < capacity, expert_of * capacity + place, row_of)
+    used = int(counts.sum())
+    layout, starts = _paired(counts.tolist(), used < len(flat))
+    order = torch.argsort(flat, stable=True)[:used]
+    shift = torch.tensor(starts, device=flat.device) - (counts.cumsum(0) - counts)
+    row_of = torch.arange(used, device=flat.device) + shift.repeat_interleave(counts)
     row_of_slot = torch.full_like(flat, layout.rows - 1)
-    row_of_slot[order[:used]] = row_of
+    row_of_slot[order] = row_of
     token_of_row = torch.zeros(layout.rows, dtype=flat.dtype, device=flat.device)
-    token_of_row[row_of] = order[:used] // index.shape[1]
+    token_of_row[row_of] = order // index.shape[1]
     return layout, row_of_slot.view(index.shape), token_of_row
 
 
-def _capacity(counts: list[int]) -> int:
-    """The rows per expert of the batched product that cost least, padding and single products taken together."""
-    ordered = sorted(counts)
-    above, left = sum(ordered), sum(count > 0 for count in ordered)
-    best, best_cost, before = 0, above + EXTRA_ROWS * left, 0
-    for position, count in enumerate(ordered):
-        if count == before:
-            continue
-        above -= (count - before) * (len(ordered) - position)
-        before = count
-        larger = sum(other > count for other in ordered[position:])
-        cost = len(ordered) * count + above + EXTRA_ROWS * (larger + 1)
-        if cost < best_cost:
-            best, best_cost = count, cost
-    return best
+def _paired(counts: list[int], spare: bool) -> tuple[Plan, list[int]]:
+    """The plan in which every expert goes with the one that comes next by load, and the first row of each expert."""
+    by_load = sorted(range(len(counts)), key=counts.__getitem__, reverse=True)
+    pairs, sizes, starts, row = [], [], [0] * len(counts), 0
+    for i in range(0, len(counts), 2):
+        members, most = sorted(by_load[i : i + 2]), counts[by_load[i]]
+        pairs.append(slice(members[0], members[-1] + 1, max(1, members[-1] - members[0])))
+        sizes.append(most * len(members))
+        starts[members[0]], starts[members[-1]] = row, row + most * (len(members) - 1)
+        row += sizes[-1]
+    return Plan(tuple(pairs), sizes + [1] * spare, spare), starts
 
 
 def _product(layout: Plan, rows: Tensor, matrices: Tensor, out: Tensor) -> Tensor:
     """Each row times its expert's matrix: `[rows, a]`, `[experts, a, b]` -> `[rows, b]`."""
-    if layout.capacity:
-        shape = (layout.experts, layout.capacity, -1)
-        torch.bmm(rows[: layout.batched].view(shape), matrices, out=out[: layout.batched].view(shape))
-    for expert, first, end in layout.rest:
-        torch.mm(rows[first:end], matrices[expert], out=out[first:end])
+    for pair, part, result in zip(layout.pairs, layout.split(rows), layout.split(out), strict=True):
+        if part.shape[1]:
+            torch.bmm(part, matrices[pair], out=result)
     if layout.spare:
         out[-1] = 0
     return out
 
 
-def _outer(layout: Plan, left: Tensor, right: Tensor) -> Tensor:
-    """Sums of outer products over each expert's rows: `[rows, a]`, `[rows, b]` -> `[experts, a, b]`."""
-    out = left.new_empty(layout.experts, left.shape[1], right.shape[1])
-    if layout.capacity:
-        shape = (layout.experts, layout.capacity, -1)
-        torch.bmm(left[: layout.batched].view(shape).transpose(1, 2), right[: layout.batched].view(shape), out=out)
-    else:
-        out.zero_()
-    for expert, first, end in layout.rest:
-        out[expert].addmm_(left[first:end].T, right[first:end])
+def _outer(layout: Plan, left: Tensor, right: Tensor, like: Tensor) -> Tensor:
+    """Sums of outer products over each expert's rows: `[rows, a]`, `[rows, b]` -> `[experts, a, b]`.
+
+    like: the matrices that it is the gradient of; the result lies in memory as they do, so that autograd keeps it.
+    """
+    if not like.is_contiguous():
+        return _outer(layout, right, left, like.transpose(1, 2)).transpose(1, 2)
+    out = torch.empty_like(like)
+    for pair, a, b in zip(layout.pairs, layout.split(left), layout.split(right), strict=True):
+        torch.bmm(a.transpose(1, 2), b, out=out[pair])
     return out
 
 
@@ -253,7 +242,7 @@ class _Compute(torch.autograd.Function):
         layout, row_of_slot, token_of_row = plan(index, len(up))
         rows = hidden.index_select(0, token_of_row)
         inner = _product(layout, rows, up, hidden.new_empty(layout.rows, up.shape[2]))
-        expert_of_row = _expert_of_row(layout, row_of_slot, index) if up_bias is not None else None
+        expert_of_row = _expert_of_row(layout, row_of_slot, index, len(up)) if up_bias is not None else None
         if up_bias is not None and expert_of_row is not None:
             inner += up_bias.index_select(0, expert_of_row)
         weight = _spread(weights, row_of_slot, layout)
@@ -281,15 +270,15 @@ class _Compute(torch.autograd.Function):
             of_weight = of_weight + (rows * down_bias.index_select(0, expert_of_row)).sum(-1)
         of_down = of_up = of_up_bias = of_down_bias = None
         if ctx.needs_input_grad[4]:
-            of_down = _outer(layout, (neurons * weight).to(rows.dtype), rows)
+            of_down = _outer(layout, (neurons * weight).to(rows.dtype), rows, down)
         if ctx.needs_input_grad[6]:
-            of_down_bias = _by_expert(rows * weight, expert_of_row, len(up))
+            of_down_bias = _sums(rows * weight, expert_of_row, len(up))
         of_inner = pull((pulled * weight).to(inner.dtype))
         if ctx.needs_input_grad[5]:
-            of_up_bias = _by_expert(of_inner, expert_of_row, len(up))
+            of_up_bias = _sums(of_inner, expert_of_row, len(up))
         rows = torch.index_select(hidden, 0, token_of_row, out=_reused(rows, hidden))
         if ctx.needs_input_grad[3]:
-            of_up = _outer(layout, rows, of_inner)
+            of_up = _outer(layout, rows, of_inner, up)
         of_hidden = None
         if ctx.needs_input_grad[0]:
             of_hidden = _gather_sum(row_of_slot, _product(layout, of_inner, up.transpose(1, 2), rows))
@@ -331,14 +320,13 @@ def _spread(weights: Tensor, row_of_slot: Tensor, layout: Plan) -> Tensor:
     return spread[:, None]
 
 
-def _expert_of_row(layout: Plan, row_of_slot: Tensor, index: Tensor) -> Tensor:
-    experts = torch.arange(layout.experts, device=index.device).repeat_interleave(layout.capacity)
-    experts = F.pad(experts, (0, layout.rows - layout.batched))
-    experts[row_of_slot.reshape(-1)] = index.reshape(-1).clamp_max(layout.experts - 1)
-    return experts
+def _expert_of_row(layout: Plan, row_of_slot: Tensor, index: Tensor, experts: int) -> Tensor:
+    expert_of_row = torch.zeros(layout.rows, dtype=index.dtype, device=index.device)
+    expert_of_row[row_of_slot.reshape(-1)] = index.reshape(-1).clamp_max(experts - 1)
+    return expert_of_row
 
 
-def _by_expert(rows: Tensor, expert_of_row: Tensor, experts: int) -> Tensor:
+def _sums(rows: Tensor, expert_of_row: Tensor, experts: int) -> Tensor:
     return rows.new_zeros(experts, rows.shape[1]).index_add_(0, expert_of_row, rows)
 
 
