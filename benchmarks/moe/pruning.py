@@ -71,9 +71,7 @@ def ranked(parent: PreTrainedModel, criterion: str, calibration: list, seed: int
     )
 
 
-def made(
-    parent: PreTrainedModel, criterion: str, kept: int, how: str, calibration: list, seed: int
-) -> PreTrainedModel:
+def made(parent: PreTrainedModel, criterion: str, kept: int, how: str, calibration: list, seed: int) -> PreTrainedModel:
     """The parent with `kept` experts in each layer, the others dropped or merged into them."""
     ranking = ranked(parent, criterion, calibration, seed)
     if how == "merge":

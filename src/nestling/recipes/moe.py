@@ -29,6 +29,8 @@ from nestling.recipes.scratch import (
 )
 from nestling.recipes.settings import CalibrationSettings, ModelSettings
 from nestling.recipes.source import Source, in_batches, load
+from nestling.recipes.summary import origin
+from nestling.report import write_report
 from nestling.report.human import count, figure
 from nestling.surgery import prune
 from nestling.train import documented
@@ -171,10 +173,11 @@ def train_mixture(settings: MixtureVerb) -> dict[str, Any]:
         return moe.train(model, settings.data, tokenizer, settings.train, run.folder)
 
     target = run.model("model", trained, tokenizer)
-    summary = run.values("trained.json", lambda: _summary(settings, target, tokenizer))
+    summary = run.values("summary.json", lambda: _summary(settings, target, tokenizer))
+    report = processes.first(lambda: str(write_report(run.folder)))
     load = summary["load"]
     console.print(f"validation loss {figure(summary['loss'])}; busiest expert {figure(load['max_load'])}x the mean")
-    console.print(f"model: {target}")
+    console.print(f"report: {report}\nmodel: {target}")
     return {"model": str(target), **summary}
 
 
@@ -192,8 +195,22 @@ def _summary(settings: MixtureVerb, folder: Path, tokenizer: PreTrainedTokenizer
     ids = torch.stack([torch.as_tensor(row["input_ids"]) for row in rows])
     model = trained_model(settings, folder)
     loads = moe.loads(model, in_batches(ids))
-    load = {**moe.health(loads), "per_layer": [[int(slots) for slots in layer] for layer in loads]}
-    return validated(settings, model, tokenizer) | {"load": load}
+    anatomy = Anatomy.of(model)
+    axis = next(axis for axis in anatomy.axes.values() if axis.active)
+    load = {
+        **moe.health(loads),
+        "experts": len(loads[0]),
+        "per_token": getattr(model.config, str(axis.active)),
+        "layers": anatomy.routed_layers(),
+        "per_layer": [[int(slots) for slots in layer] for layer in loads],
+    }
+    sizes = f"{load['experts']} experts, {load['per_token']} of a token"
+    return {
+        **origin(f"{model.config.model_type}, {sizes}", settings.train.seed, model),
+        **validated(settings, model, tokenizer),
+        "data": {"train": settings.data, "validation": settings.data},
+        "load": load,
+    }
 
 
 def _cut(

@@ -28,19 +28,23 @@ if TYPE_CHECKING:
 def heading(settings: Any, name: str, parent: PreTrainedModel) -> dict[str, Any]:
     """What was run, when, where and with what: the part that every job's summary has. name: of the target."""
     model = str(settings.model).rstrip("/").rpartition("/")[2]
+    return origin(f"{model} to {name}", settings.seed, parent) | {"budget": name}
+
+
+def origin(title: str, seed: int, model: PreTrainedModel) -> dict[str, Any]:
+    """The same for a job without a target."""
     return {
-        "title": f"{model} to {name}",
+        "title": title,
         "command": shlex.join(["nestling", *sys.argv[1:]]) if sys.argv[1:] else "",
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "seed": settings.seed,
+        "seed": seed,
         "versions": {
             "nestling": nestling.__version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "machine": f"{platform.machine()}, {_threads()}, {parent.device.type}",
-        "budget": name,
+        "machine": f"{platform.machine()}, {_threads()}, {model.device.type}",
     }
 
 

@@ -34,6 +34,15 @@ def curves(records: Records, width: int) -> list[tuple[str, str]]:
     ]
 
 
+def figure_curve(records: Records, key: str, title: str, width: int) -> str:
+    """The SVG of another figure of the log over the training; empty if it never changes."""
+    tokens = dict(_pairs(records, "step", "tokens"))
+    points = _over_tokens(records, key, tokens)
+    if len({y for _, y in points}) < 2:
+        return ""
+    return _panel(points, [], width, "tokens" if tokens else "steps", title)
+
+
 def series(records: Records) -> tuple[list[Point], list[Point]]:
     """Training and evaluation loss as (tokens, loss); a record without tokens gets those of its step.
 
@@ -100,7 +109,7 @@ def _spread(points: Sequence[Point]) -> Point:
     return min(y for _, y in points), max(y for _, y in points)
 
 
-def _panel(raw: Sequence[Point], dots: Sequence[Point], width: int, unit: str) -> str:
+def _panel(raw: Sequence[Point], dots: Sequence[Point], width: int, unit: str, what: str = "loss") -> str:
     smoothed = smooth(raw, half_life=len(raw) / 80)
     rough = thin(raw)
     usual = sorted(y for _, y in rough)[len(rough) // 100 : len(rough) - len(rough) // 100]
@@ -114,7 +123,7 @@ def _panel(raw: Sequence[Point], dots: Sequence[Point], width: int, unit: str) -
         marks.append(line([frame.at(x, y) for x, y in dots], class_="held-out"))
         marks.extend(_dot(frame, point, unit) for point in dots)
     marks.append(_last(frame, (dots or smoothed)[-1]))
-    return frame.draw("".join(marks), f"loss over {unit}", class_="chart")
+    return frame.draw("".join(marks), f"{what} over {unit}", class_="chart")
 
 
 def _dot(frame: Frame, point: Point, unit: str) -> str:

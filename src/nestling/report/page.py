@@ -23,6 +23,7 @@ from nestling.report import colour, human, picture
 from nestling.report.curve import curves, series
 from nestling.report.headline import headline
 from nestling.report.members import members
+from nestling.report.routers import routers
 from nestling.report.rows import compare
 from nestling.report.run import Run, items, mapping, number, words, write
 from nestling.report.scatter import candidates, fields, others, scatter
@@ -57,6 +58,7 @@ def render(run: Run) -> str:
             model=_model(summary),
             curve=[_panels(run, width) for width in (WIDE, NARROW)],
             evaluated=bool(series(run.metrics)[1]),
+            routers=routers(summary, run.metrics, (WIDE, NARROW)),
             members=items(summary, "members"),
             member_fields=list(dict.fromkeys(f for one in items(summary, "members") for f in mapping(one, "shape"))),
             candidates=tried,
