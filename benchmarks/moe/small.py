@@ -22,7 +22,7 @@ from nestling import evaluate, hub
 from nestling.cost import cost
 from nestling.data import train_tokenizer
 from nestling.hub.load import load_tokenizer
-from nestling.moe import MixtureSettings, health, loads, mixture_config, train
+from nestling.moe import MixtureSettings, fresh_scale, health, loads, mixture_config, scale_experts, train
 from nestling.pretrain import PretrainSettings, build, pretrain
 
 RESULTS = Path(__file__).parents[1] / "results/moe"
@@ -61,11 +61,15 @@ def options(steps: int, seed: int, rate: float) -> dict[str, Any]:
 
 
 def fresh(work: Path, size: str, seed: int, mixture: tuple[int, int, int, bool] | None) -> PreTrainedModel:
-    """Fresh weights. mixture: experts and those of a token at granularity 1, granularity, normalized; None: dense."""
-    config = dense_config(size)
-    if mixture is not None:
-        config = mixture_config(config, *mixture)
-    return build(config, tokenizer(work), seed)
+    """Fresh weights, as `nestling moe train` makes them.
+
+    mixture: experts and those of a token at granularity 1, granularity, normalized over the chosen; None: dense.
+    """
+    if mixture is None:
+        return build(dense_config(size), tokenizer(work), seed)
+    model = build(mixture_config(dense_config(size), *mixture), tokenizer(work), seed)
+    scale_experts(model, fresh_scale(*mixture))
+    return model
 
 
 def trained(work: Path, name: str, make: Callable[[], PreTrainedModel], steps: int, seed: int, rate: float) -> dict:

@@ -5,10 +5,21 @@ import math
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nestling.anatomy.routing import BIAS
 from nestling.errors import NestlingError
-from nestling.moe import MixtureLM, MixtureSettings, health, loads, routed_modules, train
+from nestling.moe import (
+    MixtureLM,
+    MixtureSettings,
+    fresh_scale,
+    health,
+    loads,
+    mixture_config,
+    routed_modules,
+    scale_experts,
+    train,
+)
 from nestling.moe.routers import Call, balance_loss, over_capacity, sequence_balance_loss, z_loss
 from tests.models import tiny, token_batches
 
@@ -178,9 +189,22 @@ def test_training_logs_the_routers_and_learns(tmp_path):
 
 
 def test_init_scale_scales_experts_outputs():
-    from nestling.moe.train import scale_experts
-
     model = tiny("mixtral")
     before = model.model.layers[0].mlp.experts.down_proj.clone()
     scale_experts(model, 0.1)
     torch.testing.assert_close(model.model.layers[0].mlp.experts.down_proj, before * 0.1)
+
+
+def test_a_fresh_block_writes_as_much_whatever_granularity_and_order():
+    written = {}
+    for case in ((8, 2, 1, True), (8, 2, 8, True), (8, 2, 1, False), (8, 2, 8, False)):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 90}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+        config = mixture_config(AutoConfig.for_model("qwen3", **sizes, **heads), *case)
+        model = AutoModelForCausalLM.from_config(config)
+        scale_experts(model, fresh_scale(*case))
+        with torch.no_grad():
+            written[case] = model.model.layers[0].mlp(torch.randn(1, 512, 32)).std().item()
+    assert max(written.values()) < 1.35 * min(written.values())
+    assert fresh_scale(8, 2, 8, False) == 32

@@ -3,16 +3,18 @@
 from nestling.moe.convert import mixture_config, split, to_dense, upcycle
 from nestling.moe.merge import merge
 from nestling.moe.routers import health
-from nestling.moe.train import MixtureLM, MixtureSettings, loads, routed_modules, train
+from nestling.moe.train import MixtureLM, MixtureSettings, fresh_scale, loads, routed_modules, scale_experts, train
 
 __all__ = [
     "MixtureLM",
     "MixtureSettings",
+    "fresh_scale",
     "health",
     "loads",
     "merge",
     "mixture_config",
     "routed_modules",
+    "scale_experts",
     "split",
     "to_dense",
     "train",

@@ -110,7 +110,8 @@ class MixtureVerb(ScratchSettings):
         out: Run folder; metrics, checkpoints and the trained model go there.
         num_experts: Experts of a fresh mixture, each as wide as the FFN; times the granularity.
         num_experts_per_tok: Of them a token uses so many; times the granularity.
-        granularity: Parts that each expert is cut into; total and active parameters stay.
+        granularity: Parts that each expert is cut into; total and active parameters stay. Down projections start that
+            many times larger, so that what a token's experts write together is as large at the start as without.
         normalize: Weights of the chosen experts add up to 1 (softmax after top-k); otherwise they come from the softmax
             over all.
         train: Settings of the training.
@@ -169,6 +170,8 @@ def train_mixture(settings: MixtureVerb) -> dict[str, Any]:
             model = hub.load(settings.architecture, dtype="float32", device=settings.device)[0]
         else:
             model = build(config, tokenizer, settings.train.seed, settings.device)
+            numbers = (settings.num_experts, settings.num_experts_per_tok, settings.granularity)
+            moe.scale_experts(model, moe.fresh_scale(*numbers, settings.normalize))
         console.print(f"{model.config.model_type}, {count(model.num_parameters())} parameters")
         return moe.train(model, settings.data, tokenizer, settings.train, run.folder)
 
