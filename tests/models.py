@@ -46,6 +46,16 @@ HYBRID = {
     "chunk_size": 5,
 }
 
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+    "head_dim": 16,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 5,
+    "linear_value_head_dim": 7,
+    "linear_conv_kernel_dim": 3,
+}
+
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 14}
 LOCAL_EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 14}
 GROUPED = {
@@ -144,6 +154,16 @@ VARIANTS: dict[str, tuple[str, dict]] = {
             "shared_intermediate_size": 44,
         },
     ),
+    "qwen3_5_text": ("qwen3_5_text", DELTA),
+    "qwen3_5_text-tied": (
+        "qwen3_5_text",
+        DELTA | {"tie_word_embeddings": True, "attention_bias": True, "linear_key_head_dim": 8},
+    ),
+    "qwen3_next": (
+        "qwen3_next",
+        DELTA | EXPERTS | {"shared_expert_intermediate_size": 11, "mlp_only_layers": [1]},
+    ),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", DELTA | EXPERTS | {"shared_expert_intermediate_size": 11}),
     "mixtral": ("mixtral", LOCAL_EXPERTS | {"head_dim": 12}),
     "qwen3_moe": ("qwen3_moe", EXPERTS | {"norm_topk_prob": True, "mlp_only_layers": [1]}),
     "qwen3_moe-pre": ("qwen3_moe", EXPERTS | {"decoder_sparse_step": 2, "tie_word_embeddings": True}),
@@ -153,7 +173,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "deepseek_v3": ("deepseek_v3", LATENT | {"q_lora_rank": None}),
     "deepseek_v3-latent": ("deepseek_v3", LATENT | {"q_lora_rank": 20, "n_group": 1, "num_experts_per_tok": 3}),
 }
-HYBRID_MOE = ("nemotron_h-moe", "nemotron_h-latent", "granitemoehybrid-moe")
+HYBRID_MOE = ("nemotron_h-moe", "nemotron_h-latent", "granitemoehybrid-moe", "qwen3_next", "qwen3_5_moe_text")
 MOE = ("mixtral", "qwen3_moe", "qwen3_moe-pre", "olmoe", "granitemoe", "gpt_oss", "deepseek_v3", "deepseek_v3-latent")
 
 
@@ -214,6 +234,7 @@ MAMBA_CUTS = {
     "falcon_h1": ({"mamba_n_heads": 4, "mamba_d_head": 7, "mamba_d_state": 3}, {"mamba_n_heads": 2}),
     "bamba": ({"mamba_n_heads": 6, "mamba_d_head": 6, "mamba_d_state": 4}, {"mamba_n_heads": 6}),
     "granitemoehybrid": ({"mamba_n_heads": 6, "mamba_d_head": 6, "mamba_d_state": 4}, {"mamba_n_heads": 6}),
+    "qwen3_5_text": ({"linear_num_value_heads": 3, "linear_value_head_dim": 4}, {"linear_num_key_heads": 2}),
 }
 
 
@@ -293,6 +314,10 @@ def hybrid_moe_cuts(variant: str) -> list[dict]:
         some = {"hidden_size": 36, "mamba_n_heads": 6, "mamba_d_head": 6, "mamba_d_state": 4}
         experts, width, shared = "num_local_experts", "intermediate_size", {"shared_intermediate_size": 30}
         narrow = {"hidden_size": 32}
+    elif variant.startswith("qwen"):
+        some = {"hidden_size": 36, "linear_num_value_heads": 3, "linear_value_head_dim": 4}
+        experts, width, shared = "num_experts", "moe_intermediate_size", {"shared_expert_intermediate_size": 7}
+        narrow = {"hidden_size": 32, "linear_num_key_heads": 2}
     else:
         some = {"hidden_size": 36, "mamba_num_heads": 4, "mamba_head_dim": 7, "ssm_state_size": 3}
         experts, width, shared = "n_routed_experts", "moe_intermediate_size", {"moe_shared_expert_intermediate_size": 7}
@@ -307,4 +332,5 @@ def hybrid_moe_cuts(variant: str) -> list[dict]:
         {"num_hidden_layers": 3, experts: 4, width: [10, 12, 6], "num_attention_heads": 4} | some | shared,
         {"num_hidden_layers": 2, experts: 4, width: 8, "num_key_value_heads": 1},
         shared,
+        *([{"intermediate_size": 30}] if variant == "qwen3_next" else []),
     ]

@@ -28,10 +28,9 @@ def test_an_undeclared_architecture_is_named():
         Anatomy.of(GPT2Config())
 
 
-@pytest.mark.parametrize(("model_type", "why"), [("zamba2", "shared"), ("qwen3_next", "interleaved")])
-def test_an_architecture_that_cannot_be_declared_is_refused_with_the_reason(model_type, why):
-    with pytest.raises(UnsupportedArchitecture, match=why):
-        Anatomy.of(AutoConfig.for_model(model_type))
+def test_an_architecture_that_cannot_be_declared_is_refused_with_the_reason():
+    with pytest.raises(UnsupportedArchitecture, match="shared"):
+        Anatomy.of(AutoConfig.for_model("zamba2"))
 
 
 def test_an_undeclared_tensor_is_named():

@@ -68,7 +68,30 @@ def test_owner_names_the_unit_of_every_element():
     assert parse("(kv d)")[0].owner(("kv",), SIZES).tolist() == [0] * 4 + [1] * 4
 
 
-@pytest.mark.parametrize("spec", ["", "(a b", "A b", "(a + ) b", "a,b"])
+def test_a_sum_inside_a_product_is_interleaved():
+    """`(kv (d + d + q p))`: each unit of kv has its channels, then others, then its heads; against loops."""
+    dimension = parse("(kv (d + d + q p)) hidden")[0]
+    each = 4 + 4 + 3 * 2
+    assert dimension.size(SIZES) == 2 * each
+    assert str(dimension) == "(kv (d + d + q p))"
+    heads, channels = torch.tensor([[2, 0], [1, 2]]), [3, 1]
+    chosen = {"kv": Choice(torch.tensor([1, 0])), "q": Choice(heads, ("kv",)), "d": Choice(torch.tensor(channels))}
+    expected = []
+    for place, unit in enumerate([1, 0]):
+        start = unit * each
+        expected += [start + c for c in channels] + [start + 4 + c for c in channels]
+        expected += [start + 8 + 2 * int(head) + p for head in heads[place] for p in range(2)]
+    assert dimension.index(chosen, SIZES).tolist() == expected
+    owner = [-1] * 8 + [0, 0, 1, 1, 2, 2] + [-1] * 8 + [3, 3, 4, 4, 5, 5]
+    assert dimension.owner(("kv", "q"), SIZES).tolist() == owner
+    plain = parse("(kv d + kv d + kv q p)")[0]
+    assert plain.size(SIZES) == dimension.size(SIZES)
+    assert plain.index(chosen, SIZES).tolist() != expected
+
+
+@pytest.mark.parametrize(
+    "spec", ["", "(a b", "(a (b + c)", "(a (b (c + d)))", "(a + b (c + d))", "A b", "(a + ) b", "a,b"]
+)
 def test_a_spec_that_is_not_of_the_notation_is_refused(spec):
     with pytest.raises(NestlingError):
         parse(spec)

@@ -6,6 +6,7 @@ A tensor is a row of dimensions, a dimension a sum of products of letters, in th
     "(ffn + ffn) hidden"            rows: two parts one after the other, gate and up
     "(g h p + g h p + g n) 1 k"     parts that share letters move together
 
+    "(k (d + d + v))"               a sum inside a product: every unit of k has its own d, d and v, one after another
     "experts (ffn + ffn) hidden"    units chosen inside each expert: one row of elements per kept expert
 
 Every letter is an axis with a size. Choosing units of some axes (`Choice`) chooses the elements of every
@@ -25,7 +26,8 @@ from torch import LongTensor, Tensor
 
 from nestling.errors import NestlingError
 
-_TOKEN = re.compile(r"\([^()]*\)|[^\s()]+")
+_TOKEN = re.compile(r"\((?:[^()]|\([^()]*\))*\)|[^\s()]+")
+_NESTED = re.compile(r"([^()+]+)\(([^()]+)\)\Z")
 _LETTER = re.compile(r"[a-z_]+\Z|[0-9]+\Z")
 
 
@@ -56,9 +58,13 @@ Sizes = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Dimension:
-    """One dimension of a tensor: products of letters, one after another."""
+    """One dimension of a tensor: products of letters, one after another.
+
+    lead: letters that all products begin with, if they stand one after another for each unit of those anew.
+    """
 
     parts: tuple[tuple[str, ...], ...]
+    lead: tuple[str, ...] = ()
 
     @property
     def letters(self) -> frozenset[str]:
@@ -77,16 +83,18 @@ class Dimension:
         if not any(letter in choices for letter in self.letters):
             return None
         outer = self._outer(choices, first)
+        before = outer or self.lead
+        rows = math.prod(choices[letter].count if letter in choices else _size(letter, sizes) for letter in before)
         blocks, start = [], 0
         for part in self.parts:
-            length = math.prod(_size(letter, sizes) for letter in part)
+            length = math.prod(_size(letter, sizes) for letter in part[len(self.lead) :])
             index = _part_index((*outer, *part), choices, sizes)
-            if outer:
-                kept = math.prod(choices[letter].count if letter in choices else sizes[letter] for letter in outer)
-                index = index.view(kept, -1) % length
-            blocks.append(start + index)
+            blocks.append(start + index.view(rows, -1) % length)
             start += length
-        return torch.cat(blocks, dim=-1)  # type: ignore[return-value]
+        index = torch.cat(blocks, dim=-1)
+        if self.lead:
+            index = index + _part_index(self.lead, choices, sizes)[:, None] * start
+        return index if outer else index.flatten()  # type: ignore[return-value]
 
     def _outer(self, choices: Choices, first: Dimension | None) -> tuple[str, ...]:
         """The letters of the tensor's first dimension, if units of this one are chosen within them."""
@@ -94,6 +102,11 @@ class Dimension:
             return ()
         within = {outer for letter in self.letters if letter in choices for outer in choices[letter].within}
         return first.parts[0] if within - self.letters else ()
+
+    def joined(self, lines: list[Tensor], sizes: Sizes) -> Tensor:
+        """One value for each element, in the order of the elements, from the values of each product's elements."""
+        rows = math.prod(_size(letter, sizes) for letter in self.lead)
+        return torch.cat([line.view(rows, -1) for line in lines], dim=-1).flatten()
 
     def unit_view(self, letters: tuple[str, ...], sizes: Sizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """How to see a dimension of one part by units: `(view, inside)`.
@@ -115,10 +128,12 @@ class Dimension:
                 owners[-1] = _broadcast(owners[-1], letters, part, sizes)
             else:
                 owners.append(torch.full((length,), -1))
-        return torch.cat(owners)  # type: ignore[return-value]
+        return self.joined(owners, sizes)  # type: ignore[return-value]
 
     def __str__(self) -> str:
-        text = " + ".join(" ".join(part) for part in self.parts)
+        text = " + ".join(" ".join(part[len(self.lead) :]) for part in self.parts)
+        if self.lead:
+            return f"({' '.join(self.lead)} ({text}))"
         return f"({text})" if len(self.parts) > 1 or len(self.parts[0]) > 1 else text
 
 
@@ -151,14 +166,16 @@ def parse(spec: str) -> Layout:
     tokens = _TOKEN.findall(spec)
     if "".join(tokens).replace(" ", "") != spec.replace(" ", "") or not tokens:
         raise NestlingError(f"'{spec}' is not a tensor spec: use words and (a b + c) groups, as in '(kv q d) hidden'")
-    return tuple(_dimension(token.strip("()"), spec) for token in tokens)
+    return tuple(_dimension(token[1:-1] if token[0] == "(" else token, spec) for token in tokens)
 
 
 def _dimension(text: str, spec: str) -> Dimension:
-    parts = tuple(tuple(part.split()) for part in text.split("+"))
+    nested = _NESTED.match(text.strip())
+    lead = tuple(nested[1].split()) if nested else ()
+    parts = tuple((*lead, *part.split()) for part in (nested[2] if nested else text).split("+"))
     if not all(part and all(_LETTER.match(letter) for letter in part) for part in parts):
         raise NestlingError(f"'{text}' in the tensor spec '{spec}' is not a sum of products of lower-case words")
-    return Dimension(parts)
+    return Dimension(parts, lead)
 
 
 def _size(letter: str, sizes: Sizes) -> int:

@@ -168,7 +168,7 @@ def _along(dimension: Dimension, units: Masks, sizes: Mapping[str, int]) -> Tens
             own = units.get(letter)
             line = line[..., None] * (torch.ones(size, device=device) if own is None else own)
         parts.append(line.flatten())
-    return torch.cat(parts)
+    return dimension.joined(parts, sizes)
 
 
 def _read(anatomy: Anatomy, layer: int | None) -> frozenset[str]:

@@ -127,7 +127,7 @@ class Repair:
         gain = moments.gain() if need.end > need.layer else None
         for name, inputs in moments.inputs.items():
             columns = self._columns(selection, name)
-            if columns is not None and _normed(selection.anatomy, name):
+            if columns is not None and _normed(selection, name):
                 continue
             last = name == next(reversed(moments.inputs))
             added = moments.added[need.end] / gain if gain is not None and last else None
@@ -154,7 +154,7 @@ class Repair:
 
     def _cut(self, selection: Selection, name: str) -> bool:
         """Whether a reader loses columns that its kept ones may take over."""
-        return self._columns(selection, name) is not None and not _normed(selection.anatomy, name)
+        return self._columns(selection, name) is not None and not _normed(selection, name)
 
     def _has(self, need: Need) -> bool:
         return need.layer in self._known and (need.end == need.layer or need.end in self._known[need.layer].added)
@@ -282,11 +282,18 @@ class _Watch:
         sums[key] = sums[key].add_(value) if key in sums else value
 
 
-def _normed(anatomy: Anatomy, name: str) -> bool:
-    """Whether a norm inside the mixer stands before a reader: what it reads then changes with what is cut."""
+def _normed(selection: Selection, name: str) -> bool:
+    """Whether a norm inside the mixer, before a reader, loses channels: what stays is then no longer the parent's."""
+    anatomy = selection.anatomy
     spec = anatomy.tensors[name]
-    norms = (f"{anatomy.layer_path(spec.layer or 0)}.{norm}.weight" for norm in anatomy.architecture.inner_norms)
-    return any(norm in anatomy.tensors and anatomy.tensors[norm].layout[0] == spec.layout[-1] for norm in norms)
+    layer = spec.layer or 0
+    for path in anatomy.architecture.inner_norms:
+        norm = anatomy.tensors.get(f"{anatomy.layer_path(layer)}.{path}.weight")
+        if norm is not None and norm.letters <= spec.layout[-1].letters:
+            kept = selection.index(norm)[0]
+            if kept is not None and len(kept) < norm.layout[0].size(anatomy.sizes(layer)):
+                return True
+    return False
 
 
 def _folded(weight: Tensor, inputs: Tensor, kept: Tensor | None, added: Tensor | None, ridge: float) -> Tensor:

@@ -6,7 +6,3 @@ REFUSED["zamba2"] = (
     "its attention blocks are shared by layers in turn, each with adapters of its own, and its config derives the "
     "sizes of all heads from hidden_size, so that no width and no layer can go alone"
 )
-REFUSED["qwen3_next"] = (
-    "its gated delta net stores the queries, keys, values and gates of each key head interleaved, a sum inside a "
-    "product, which the notation of declarations cannot say"
-)
