@@ -8,6 +8,7 @@ from nestling.anatomy import Anatomy
 from nestling.errors import ShapeError
 from nestling.ranking import Ranking
 from nestling.surgery import masked, prune
+from nestling.surgery.kernels import kernel_word
 from tests.models import in_float64, logits, random_ranking, tiny, token_batches
 from tests.surgery.test_slices import best
 
@@ -215,3 +216,16 @@ def test_layers_lack_what_their_kind_does_not_have():
     assert lacking["mamba_num_heads"] == lacking["ssm_state_size"] == [True, False, False, True]
     assert lacking["intermediate_size"] == [False, True, False, False]
     assert lacking["num_attention_heads"] == [False, False, True, False]
+
+
+def test_sizes_that_fused_kernels_may_refuse_get_a_word():
+    """Parts of the projection that lose their alignment are named; an unaligned parent has none to lose."""
+    aligned = Anatomy.of(tiny("nemotron_h", mamba_num_heads=16, mamba_head_dim=8, ssm_state_size=8))
+    word = kernel_word(aligned, {"mamba_num_heads": 12, "intermediate_size": 30})
+    assert word is not None
+    assert word.startswith("mamba_num_heads leave 12 rows in a part of mixer.in_proj")
+    assert "n_groups" not in word
+    assert kernel_word(aligned, {"mamba_num_heads": 8, "intermediate_size": 30, "hidden_size": 31}) is None
+    assert kernel_word(Anatomy.of(tiny("nemotron_h")), {"mamba_num_heads": 4}) is None
+    with pytest.raises(ShapeError, match="mamba_num_heads"):
+        kernel_word(aligned, {"mamba_num_heads": 7})

@@ -129,6 +129,8 @@ class Architecture:
     per_layer_fields: config fields with one value per layer, cut along with the layers.
     layer_numbers: config fields that list the numbers of some layers. layer_thresholds: those that hold one number.
     listed_blocks: config fields that list the numbers of all layers with the block named.
+    strides: tensors of a layer whose rows a fused kernel reads part by part, with the number of elements that the
+        parts must be multiples of.
     keeps: blocks of which one layer always stays: where the others are removed, the model cannot use its cache.
     layer_tuples: whether a layer returns a tuple whose first item is its hidden state.
     derived: config fields that follow from the sizes, with the function that gives them; None leaves a field alone.
@@ -156,6 +158,7 @@ class Architecture:
     state: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     recent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     inner_norms: tuple[str, ...] = ()
+    strides: Mapping[str, int] = field(default_factory=dict)
     tied: str = "lm_head.weight"
     lookup: str = "model.embed_tokens.weight"
     per_layer_fields: tuple[str, ...] = ("layer_types",)

@@ -34,7 +34,7 @@ def convert(model: PreTrainedModel, **gates: Any) -> PreTrainedModel:
     if not places:
         raise UnsupportedArchitecture(
             f"no layer of this {anatomy.architecture.model_type} model has plain full attention with a "
-            f"cache of its own: what slides or keeps a state is bounded already, sinks and latents cannot be merged"
+            f"cache of its own: what slides or keeps a state is bounded already, sinks, gates, latents cannot be merged"
         )
     kinds: list[str | None] = [None] * anatomy.num_layers
     for site in places:

@@ -24,7 +24,7 @@ from nestling.data import batches, documents
 from nestling.distill import DistillSettings, corrected, distill, leave
 from nestling.evaluate.pairs import read_pairs
 from nestling.ranking import Ranking, rank
-from nestling.recipes.progress import bar
+from nestling.recipes.progress import bar, console
 from nestling.recipes.run import KeptFigures, Run
 from nestling.recipes.settings import ShapeSettings, at_least, check_metrics, listed
 from nestling.recipes.shapes import Ground, Target
@@ -34,6 +34,7 @@ from nestling.search import Candidate, Trial, token_loss
 from nestling.shape import Shape
 from nestling.surgery import prune
 from nestling.surgery.choose import check_ranking
+from nestling.surgery.kernels import kernel_word
 from nestling.surgery.merge import check_merge
 from nestling.surgery.repair import Repair
 from nestling.train import documented
@@ -250,6 +251,8 @@ class Child:
             "candidates.json", lambda: [candidate.to_dict() for candidate in self.origin.search(target, self.run)]
         )
         self.shape = Shape(**self.candidates[0]["shape"])
+        if word := kernel_word(Anatomy.of(self.origin.model), self.shape):
+            console.print(f"    {word}")
         return self.shape
 
     def prune(self) -> None:

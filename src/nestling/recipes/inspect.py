@@ -15,6 +15,7 @@ from nestling.recipes.progress import console
 from nestling.recipes.settings import at_least
 from nestling.report.human import count, size
 from nestling.shape import Shape, fit
+from nestling.surgery.kernels import kernel_word
 
 
 @dataclass
@@ -47,6 +48,8 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
     cut = cost(anatomy, shape, settings.context, settings.batch) if shape else None
     console.print(_axes(anatomy, config))
     console.print(_costs(whole, cut))
+    if shape and (word := kernel_word(anatomy, shape)):
+        console.print(word)
     kinds = cost_by_kind(anatomy, fit(anatomy, {}), settings.context, settings.batch)
     if len(kinds) > 1:
         console.print(_kinds(kinds))

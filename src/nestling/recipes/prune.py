@@ -21,6 +21,7 @@ from nestling.report.human import count
 from nestling.search import describe
 from nestling.surgery import prune
 from nestling.surgery.choose import check_ranking
+from nestling.surgery.kernels import kernel_word
 from nestling.surgery.merge import check_merge
 from nestling.surgery.repair import Repair
 from nestling.train import documented
@@ -72,7 +73,10 @@ def prune_model(settings: PruneSettings) -> dict[str, Any]:
     shape = Ground(source.model, settings, ranking, text, repair).candidates(target)[0].shape
     child = prune(source.model, ranking, shape, settings.merge, repair)
     processes.first(lambda: str(hub.save(child, settings.out, source.tokenizer, overwrite=settings.overwrite)))
-    console.print(f"{describe(shape)}\nmodel: {settings.out} ({count(child.num_parameters())} parameters)")
+    console.print(describe(shape))
+    if word := kernel_word(Anatomy.of(source.model), shape):
+        console.print(word)
+    console.print(f"model: {settings.out} ({count(child.num_parameters())} parameters)")
     return {
         "model": settings.out,
         "shape": shape.to_dict(),

@@ -27,4 +27,5 @@ BLOCKS = {
 STATE = {"mamba": _mamba2.STATE}
 RECENT = {"mamba": _mamba2.RECENT}
 INNER_NORMS = ("mamba.norm",)
+STRIDES = {"mamba.in_proj.weight": _mamba2.ALIGNED}
 EXPAND = {"mamba_expand": _mamba2.expand("mamba_n_heads", "mamba_d_head")}

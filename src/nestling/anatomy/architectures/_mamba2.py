@@ -57,6 +57,9 @@ def expand(heads: str, channels: str) -> Callable[[Config], int | None]:
     return factor
 
 
+# The parts of its input projection that fused kernels (mamba_ssm, causal_conv1d) read are aligned to so many elements.
+ALIGNED = 8
+
 # What a sequence keeps in one layer: the state of every head, and the last inputs of the convolution.
 STATE = ("g h p n",)
 RECENT = ("g h p k", "g n k", "g n k")

@@ -4,7 +4,17 @@ As in Mamba-2 itself, heads times channels must be a whole multiple of the hidde
 """
 
 from nestling.anatomy.architectures._dense import ATTENDS, KV_CACHE
-from nestling.anatomy.architectures._hybrid import AXES, BLOCKS, EXPAND, INNER_NORMS, MODEL, RECENT, SIZES, STATE
+from nestling.anatomy.architectures._hybrid import (
+    AXES,
+    BLOCKS,
+    EXPAND,
+    INNER_NORMS,
+    MODEL,
+    RECENT,
+    SIZES,
+    STATE,
+    STRIDES,
+)
 from nestling.anatomy.declare import Architecture, Config, register
 
 
@@ -28,6 +38,7 @@ register(
         state=STATE,
         recent=RECENT,
         inner_norms=INNER_NORMS,
+        strides=STRIDES,
         keeps=("attention",),
         per_layer_fields=(),
         layer_numbers=("attn_layer_indices",),

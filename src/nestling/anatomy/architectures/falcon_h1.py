@@ -5,7 +5,17 @@ differ between layers. The norm inside the mixer is optional, and may stand befo
 """
 
 from nestling.anatomy.architectures._dense import ATTENDS, KV_CACHE
-from nestling.anatomy.architectures._hybrid import AXES, BLOCKS, HEADS, INNER_NORMS, MODEL, RECENT, SIZES, STATE
+from nestling.anatomy.architectures._hybrid import (
+    AXES,
+    BLOCKS,
+    HEADS,
+    INNER_NORMS,
+    MODEL,
+    RECENT,
+    SIZES,
+    STATE,
+    STRIDES,
+)
 from nestling.anatomy.declare import Architecture, register
 
 register(
@@ -20,6 +30,7 @@ register(
         state=STATE,
         recent=RECENT,
         inner_norms=INNER_NORMS,
+        strides=STRIDES,
         per_layer_fields=(),
         alike=HEADS,
         layer_tuples=True,

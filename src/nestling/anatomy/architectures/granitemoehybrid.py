@@ -13,6 +13,7 @@ from nestling.anatomy.architectures._hybrid import (
     RECENT,
     SIZES,
     STATE,
+    STRIDES,
 )
 from nestling.anatomy.architectures._moe import expert_axes, routed_tensors
 from nestling.anatomy.declare import Architecture, Config, Routed, register
@@ -58,6 +59,7 @@ register(
         state=STATE,
         recent=RECENT,
         inner_norms=INNER_NORMS,
+        strides=STRIDES,
         keeps=("attention",),
         logits_divisor="logits_scaling",
         derived=EXPAND,

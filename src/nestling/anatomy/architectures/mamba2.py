@@ -4,7 +4,7 @@ Its config wants heads times channels to be `expand` times the hidden size, `exp
 none is refused, with the nearest that does.
 """
 
-from nestling.anatomy.architectures._mamba2 import RECENT, STATE, expand, tensors
+from nestling.anatomy.architectures._mamba2 import ALIGNED, RECENT, STATE, expand, tensors
 from nestling.anatomy.architectures._mamba2 import axes as mamba_axes
 from nestling.anatomy.declare import Architecture, Axis, register
 
@@ -27,6 +27,7 @@ register(
         state={"mamba": STATE},
         recent={"mamba": RECENT},
         inner_norms=("mixer.norm",),
+        strides={"mixer.in_proj.weight": ALIGNED},
         lookup="backbone.embeddings.weight",
         per_layer_fields=(),
         derived={"expand": expand("num_heads", "head_dim")},

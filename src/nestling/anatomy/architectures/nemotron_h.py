@@ -5,7 +5,7 @@ squared ReLU. Experts are in groups, of which the best are chosen first, and may
 """
 
 from nestling.anatomy.architectures._dense import head_dim
-from nestling.anatomy.architectures._mamba2 import RECENT, STATE, tensors
+from nestling.anatomy.architectures._mamba2 import ALIGNED, RECENT, STATE, tensors
 from nestling.anatomy.architectures._mamba2 import axes as mamba_axes
 from nestling.anatomy.architectures._moe import expert_axes
 from nestling.anatomy.architectures.deepseek import refuses
@@ -106,6 +106,7 @@ register(
         state={"mamba": STATE},
         recent={"mamba": RECENT},
         inner_norms=("mixer.norm",),
+        strides={"mixer.in_proj.weight": ALIGNED},
         keeps=("attention",),
         lookup="model.embeddings.weight",
         per_layer_fields=("layers_block_type",),
