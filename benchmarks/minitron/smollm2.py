@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24, help="of 4 x 256 tokens, in distillation")
     parser.add_argument("--parts", nargs="+", default=["zero-shot", "distill"], choices=["zero-shot", "distill"])
     parser.add_argument("--tokens", type=int, default=1024, help="evaluation tokens per text")
+    parser.add_argument("--work", type=Path, help="folder for checkpoints, from which a distillation of ours goes on")
     bench = Bench(parser.parse_args())
     for seed in bench.chosen.seeds:
         for part in bench.chosen.parts:
@@ -77,6 +78,7 @@ class Bench:
             key = {"part": part, "budget": budget, "arm": arm, "seed": seed}
             if part == "distill":
                 key["tokens"] = self.chosen.steps * BATCH * CONTEXT
+            key["evaluation_tokens"] = self.chosen.tokens
             skipped = self.chosen.arms and arm not in self.chosen.arms
             if skipped or any(key.items() <= row.items() for row in recorded()):
                 continue
@@ -107,7 +109,8 @@ class Bench:
         tokens, child = self.chosen.steps * BATCH * CONTEXT, build()
         if arm == "plain script":
             return plain.distill(child, self.parent, self.text(tokens, seed), BATCH, rate=2e-4)
-        return nl.distill(child, self.parent, self.chosen.text, self.tokenizer, tokens=tokens, seed=seed)
+        folder = self.chosen.work and self.chosen.work / f"seed-{seed}"
+        return nl.distill(child, self.parent, self.chosen.text, self.tokenizer, None, folder, tokens=tokens, seed=seed)
 
     def text(self, tokens: int, seed: int) -> Tensor:
         """Rows `[rows, CONTEXT]` of the training part of the text."""
@@ -184,7 +187,6 @@ def record(rows: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
         "commit": commit.stdout.strip(),
         "versions": {name: version(name) for name in ("nestling", "torch", "transformers")},
         "seeds": sorted({row["seed"] for row in rows}),
-        "evaluation_tokens": chosen.tokens,
         "rows": rows,
         "claims": claims(rows),
     }
