@@ -34,8 +34,8 @@ MODEL = "builtin:smollm2-135m-instruct"
 CONTEXT, BATCH = 256, 2
 SEED = 0
 FEW, MANY = 1024, 4096  # tokens whose ranking is compared in memory
-# glibc gives freed blocks back at once instead of raising its threshold to 32 MiB and keeping them in a heap with holes,
-# so that the process holds what is used.
+# glibc gives freed blocks back at once, instead of raising its threshold to 32 MiB and keeping them in a heap with
+# holes, so that the process holds what is used.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
 
 
