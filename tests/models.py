@@ -169,12 +169,14 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "qwen3_moe-pre": ("qwen3_moe", EXPERTS | {"decoder_sparse_step": 2, "tie_word_embeddings": True}),
     "olmoe": ("olmoe", EXPERTS | {"intermediate_size": 14}),
     "granitemoe": ("granitemoe", LOCAL_EXPERTS | {"logits_scaling": 2.0, "attention_bias": True}),
+    "granitemoeshared": ("granitemoeshared", LOCAL_EXPERTS | {"shared_intermediate_size": 18}),
     "gpt_oss": ("gpt_oss", LOCAL_EXPERTS | {"head_dim": 8, "sliding_window": 6}),
     "deepseek_v3": ("deepseek_v3", LATENT | {"q_lora_rank": None}),
     "deepseek_v3-latent": ("deepseek_v3", LATENT | {"q_lora_rank": 20, "n_group": 1, "num_experts_per_tok": 3}),
 }
 HYBRID_MOE = ("nemotron_h-moe", "nemotron_h-latent", "granitemoehybrid-moe", "qwen3_next", "qwen3_5_moe_text")
-MOE = ("mixtral", "qwen3_moe", "qwen3_moe-pre", "olmoe", "granitemoe", "gpt_oss", "deepseek_v3", "deepseek_v3-latent")
+GRANITE_MOE = ("granitemoe", "granitemoeshared")
+MOE = ("mixtral", "qwen3_moe", "qwen3_moe-pre", "olmoe", *GRANITE_MOE, "gpt_oss", "deepseek_v3", "deepseek_v3-latent")
 
 
 def tiny(variant: str, seed: int = 0, dtype: torch.dtype = torch.float64, **overrides) -> PreTrainedModel:
@@ -305,6 +307,7 @@ def moe_cuts(variant: str) -> list[dict]:
         {"num_hidden_layers": 2, experts: 2, width: 8} | hidden,
         {"num_key_value_heads": 1} | ({"hidden_size": 24} if variant == "olmoe" else {}),
         *([{"intermediate_size": 30}] if variant.startswith("qwen3_moe") else []),
+        *([{"shared_intermediate_size": 7}] if variant == "granitemoeshared" else []),
     ]
 
 

@@ -72,15 +72,21 @@ def fresh(work: Path, size: str, seed: int, mixture: tuple[int, int, int, bool] 
     return model
 
 
-def trained(work: Path, name: str, make: Callable[[], PreTrainedModel], steps: int, seed: int, rate: float) -> dict:
-    """The record of a run, which is done if it is not in the work folder; its model is there as `name`/model."""
+def trained(
+    work: Path, name: str, make: Callable[[], PreTrainedModel], steps: int, seed: int, rate: float, **more: Any
+) -> dict:
+    """The record of a run, which is done if it is not in the work folder; its model is there as `name`/model.
+
+    more: settings of the training of a mixture.
+    """
     folder = work / name
     if (folder / "record.json").exists():
         return json.loads((folder / "record.json").read_text())
-    words, model, started = tokenizer(work), make(), time.perf_counter()
+    words, model = tokenizer(work), make()
+    before, started = held_out(model, words), time.perf_counter()
     chosen, routed = options(steps, seed, rate), hasattr(model.config, "num_experts")
     if routed:
-        train(model, DATA, words, MixtureSettings(**chosen), folder)
+        train(model, DATA, words, MixtureSettings(**chosen, **more), folder)
     else:
         pretrain(model, DATA, words, PretrainSettings(**chosen), folder)
     found = cost(model, context=CONTEXT)
@@ -89,6 +95,7 @@ def trained(work: Path, name: str, make: Callable[[], PreTrainedModel], steps: i
         "seed": seed,
         "steps": steps,
         "tokens": steps * BATCH * CONTEXT,
+        "loss_before": before,
         "loss": held_out(model, words),
         "curve": curve(folder),
         "params": found.params,

@@ -52,6 +52,7 @@ def test_a_fresh_fine_grained_mixture(place, capsys):
     config = load("run/model").config
     assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (16, 4, 8)
     assert config.norm_topk_prob
+    assert (place / "run/report.html").read_text().count('class="loads"') == 2
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,7 @@ def test_a_fresh_fine_grained_mixture(place, capsys):
         (("prune", "m", "--keep", "2", "--metric", "size", *FEW), "reap"),
         (("upcycle", "m", "--granularity", "7"), "divide"),
         (("upcycle", "m", "--num_experts_per_tok", "9"), "take 1 to 8"),
+        (("upcycle", "m", "--granularity", "2", "--shared", "1"), "granite"),
         (("train", "m", *TEXT[:2]), "no routed experts"),
     ],
 )

@@ -135,6 +135,7 @@ class Architecture:
     layer_tuples: whether a layer returns a tuple whose first item is its hidden state.
     derived: config fields that follow from the sizes, with the function that gives them; None leaves a field alone.
     mixture_kin: model_type of the mixture of experts whose other parts are this model's. dense_kin: the other way.
+    shared_kin: that of the mixture which has an expert for all tokens too, its two tensors in the block `mlp`.
     routed: where layers with routed experts have their router and experts.
     refuses: why a config is not possible although its class takes it, in a few words; None if it is.
     alike: width fields that have one value in all layers, because the model's own code needs it so.
@@ -169,6 +170,7 @@ class Architecture:
     layer_tuples: bool = False
     derived: Mapping[str, Callable[[Config], int | None]] = field(default_factory=dict)
     mixture_kin: str | None = None
+    shared_kin: str | None = None
     dense_kin: str | None = None
     routed: Routed | None = None
     refuses: Callable[[Config], str | None] | None = None

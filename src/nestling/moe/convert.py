@@ -37,6 +37,7 @@ def upcycle(
     mode: str = "exact",
     router_std: float = 0.02,
     seed: int = 0,
+    shared: int = 0,
 ) -> PreTrainedModel:
     """A mixture of experts that starts as the dense model; `model` is left as it is.
 
@@ -45,27 +46,31 @@ def upcycle(
     mode: `exact` normalizes the weights over the chosen and scales the down projection, so that logits are the dense
     model's; `paper` takes them from the softmax over all experts and scales all three matrices by the cube root of
     experts * granularity / chosen, which starts near the dense model and trained better (2410.07524, section 3).
-    router_std: of the fresh router. Raises `UnsupportedArchitecture` for a model without a mixture like it, and
-    `ShapeError` for numbers that do not go together.
+    router_std: of the fresh router. shared: parts of the FFN, of `granularity`, that are not copied and make one expert
+    for all tokens; a token then uses each of them once. Raises `UnsupportedArchitecture` for a model without a mixture
+    like it, and `ShapeError` for numbers that do not go together.
     """
     anatomy = Anatomy.of(model)
     post = _mode(mode) == "exact"
-    config = mixture_config(model.config, num_experts, num_experts_per_tok, granularity, post)
+    config = mixture_config(model.config, num_experts, num_experts_per_tok, granularity, post, shared)
     kin = architecture_of(config)
-    chosen, count = num_experts_per_tok * granularity, num_experts * granularity
-    scales = (1.0, 1.0, float(granularity))
-    if not post:
-        scales = ((count * granularity / chosen) ** (1 / 3),) * 3
+    routed = granularity - shared
+    scales = (1.0, float(routed)) if post else ((num_experts * routed / num_experts_per_tok) ** (1 / 3),) * 2
     generator = torch.Generator().manual_seed(seed)
     weights, at = dict(model.state_dict()), places_of(kin)
     for layer in range(anatomy.num_layers):
         path = anatomy.layer_path(layer)
         gate, up, down = (weights.pop(f"{path}.mlp.{name}") for name in (GATE, UP, DOWN))
-        gate, up, down = (t * s if s != 1 else t for t, s in zip((gate, up, down), scales, strict=True))
         shards = _shards(gate, up, down, granularity)
-        weights[f"{path}.{at['up']}"], weights[f"{path}.{at['down']}"] = (s.repeat(num_experts, 1, 1) for s in shards)
+        for name, shard, scale in zip(("up", "down"), shards, scales, strict=True):
+            weights[f"{path}.{at[name]}"] = (shard[shared:] * scale).repeat(num_experts, 1, 1)
+        if shared:
+            width = shared * gate.shape[0] // granularity
+            fused, out = kin.blocks["mlp"]
+            weights[f"{path}.{fused}"] = torch.cat([gate[:width], up[:width]])
+            weights[f"{path}.{out}"] = down[:, :width]
         rows = torch.randn(num_experts, gate.shape[1], generator=generator) * router_std
-        weights[f"{path}.{at['router']}"] = rows.to(gate).repeat_interleave(granularity, 0)
+        weights[f"{path}.{at['router']}"] = rows.to(gate).repeat_interleave(routed, 0)
     return _built(model, config, weights)
 
 
@@ -125,7 +130,12 @@ def to_dense(model: PreTrainedModel, ranking: Ranking, experts: int | None = Non
 
 
 def mixture_config(
-    config: PreTrainedConfig, num_experts: int, num_experts_per_tok: int, granularity: int = 1, post: bool = True
+    config: PreTrainedConfig,
+    num_experts: int,
+    num_experts_per_tok: int,
+    granularity: int = 1,
+    post: bool = True,
+    shared: int = 0,
 ) -> PreTrainedConfig:
     """The config of the mixture that is like a dense model; see `upcycle`.
 
@@ -137,17 +147,26 @@ def mixture_config(
         raise UnsupportedArchitecture(
             f"no mixture of experts in transformers is like a {dense.model_type} model: give one of {able}"
         )
-    kin = ARCHITECTURES[dense.mixture_kin]
+    if shared and dense.shared_kin is None:
+        able = ", ".join(sorted(name for name, a in ARCHITECTURES.items() if a.shared_kin))
+        raise UnsupportedArchitecture(
+            f"no mixture in transformers that is like a {dense.model_type} model has shared experts: leave shared out, "
+            f"or give one of {able}"
+        )
+    kin = ARCHITECTURES[dense.shared_kin if shared and dense.shared_kin else dense.mixture_kin]
     assert kin.routed is not None
-    _check_numbers(config.intermediate_size, num_experts, num_experts_per_tok, granularity, post)
+    _check_numbers(config.intermediate_size, num_experts, num_experts_per_tok, granularity, post, shared)
     if isinstance(kin.routed.post, bool) and kin.routed.post != post:
         raise UnsupportedArchitecture(
             f"{kin.model_type} always normalizes over the chosen experts: take mode exact, or a model such as qwen3"
         )
     made, (experts, neurons) = _config(kin.model_type, config), axes_of(kin)
-    setattr(made, experts.field, num_experts * granularity)
-    setattr(made, str(experts.active), num_experts_per_tok * granularity)
-    setattr(made, neurons.field, config.intermediate_size // granularity)
+    width = config.intermediate_size // granularity
+    setattr(made, experts.field, num_experts * (granularity - shared))
+    setattr(made, str(experts.active), num_experts_per_tok * (granularity - shared))
+    setattr(made, neurons.field, width)
+    if shared:
+        setattr(made, next(axis.field for axis in kin.axes if axis.letter == "ffn"), width * shared)
     if isinstance(kin.routed.post, str):
         setattr(made, kin.routed.post, post)
     return made
@@ -159,11 +178,15 @@ def _mode(mode: str) -> str:
     return mode
 
 
-def _check_numbers(width: int, experts: int, per_token: int, granularity: int, post: bool) -> None:
+def _check_numbers(width: int, experts: int, per_token: int, granularity: int, post: bool, shared: int) -> None:
     if not 1 <= per_token <= experts:
         raise ShapeError(f"num_experts_per_tok={per_token} of num_experts={experts} cannot be: take 1 to {experts}")
     _check_width(width, granularity)
-    if post and per_token * granularity == 1:
+    if not 0 <= shared < granularity:
+        raise ShapeError(
+            f"shared={shared} of {granularity} parts of the FFN cannot be: take 0 to {granularity - 1}, or finer parts"
+        )
+    if post and per_token * (granularity - shared) == 1:
         raise ShapeError(
             "one expert per token, normalized over itself, always has weight 1 and its router no gradient: take "
             "num_experts_per_tok=2, a finer granularity, or weights from the softmax over all (mode paper)"

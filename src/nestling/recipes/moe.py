@@ -48,6 +48,7 @@ class UpcycleSettings(ModelSettings):
         num_experts: Experts, each as wide as the FFN; times the granularity in the result.
         num_experts_per_tok: Experts that a token uses; times the granularity in the result.
         granularity: Parts that each expert is cut into: 1 is a standard mixture, 8 a fine-grained one.
+        shared: Parts of the FFN, of granularity, that make one expert for all tokens (granite).
         mode: exact keeps the logits; paper scales all three matrices and takes weights from the softmax over all.
         router_std: Standard deviation of the fresh router's weights.
         out: Folder to write the model to.
@@ -59,6 +60,7 @@ class UpcycleSettings(ModelSettings):
     num_experts: int = 8
     num_experts_per_tok: int = 2
     granularity: int = 1
+    shared: int = 0
     mode: str = "exact"
     router_std: float = 0.02
     out: str = "upcycled"
@@ -112,6 +114,7 @@ class MixtureVerb(ScratchSettings):
         num_experts_per_tok: Of them a token uses so many; times the granularity.
         granularity: Parts that each expert is cut into; total and active parameters stay. Down projections start that
             many times larger, so that what a token's experts write together is as large at the start as without.
+        shared: Parts of the FFN, of granularity, that make one expert for all tokens (granite).
         normalize: Weights of the chosen experts add up to 1 (softmax after top-k); otherwise they come from the softmax
             over all.
         train: Settings of the training.
@@ -122,6 +125,7 @@ class MixtureVerb(ScratchSettings):
     num_experts: int = 8
     num_experts_per_tok: int = 2
     granularity: int = 1
+    shared: int = 0
     normalize: bool = True
     train: moe.MixtureSettings = field(default_factory=moe.MixtureSettings)
 
@@ -134,7 +138,7 @@ def upcycle_model(settings: UpcycleSettings) -> dict[str, Any]:
         made = moe.split(model, settings.granularity)
     else:
         numbers = (settings.num_experts, settings.num_experts_per_tok, settings.granularity)
-        made = moe.upcycle(model, *numbers, settings.mode, settings.router_std, settings.seed)
+        made = moe.upcycle(model, *numbers, settings.mode, settings.router_std, settings.seed, settings.shared)
     difference = _difference(model, made)
     console.print(f"largest difference of a logit from the model's: {difference:.2g}")
     return _saved(made, tokenizer, settings.out, settings.overwrite, {"logit_difference": difference})
@@ -190,7 +194,7 @@ def _mixture(settings: MixtureVerb) -> PreTrainedConfig:
     if Anatomy.of(config).routed_layers():
         return config
     numbers = (settings.num_experts, settings.num_experts_per_tok, settings.granularity)
-    return moe.mixture_config(config, *numbers, post=settings.normalize)
+    return moe.mixture_config(config, *numbers, post=settings.normalize, shared=settings.shared)
 
 
 def _summary(settings: MixtureVerb, folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -48,6 +48,7 @@ register(
     Architecture(
         model_type="granite",
         mixture_kin="granitemoe",
+        shared_kin="granitemoeshared",
         axes=axes(),
         sizes=SIZES,
         tensors=MODEL,

@@ -57,6 +57,42 @@ register(
 )
 
 
+def granite_blocks(config: Config, layer: int) -> tuple[str, ...]:
+    """A layer has an expert that all tokens share unless its width is zero."""
+    return ("attention", "moe", *(("mlp",) if config.shared_intermediate_size else ()), "norms")
+
+
+register(
+    Architecture(
+        model_type="granitemoeshared",
+        axes=(
+            *axes(
+                gate="shared_mlp.input_linear",
+                down="shared_mlp.output_linear",
+                neurons="shared_intermediate_size",
+            ),
+            *expert_axes("num_local_experts", "intermediate_size", at="block_sparse_moe"),
+        ),
+        sizes=SIZES,
+        tensors=MODEL,
+        blocks={
+            "attention": ATTENTION | ATTENTION_BIAS,
+            "moe": routed_tensors("block_sparse_moe", "router"),
+            "mlp": {
+                "shared_mlp.input_linear.weight": "(ffn + ffn) hidden",
+                "shared_mlp.output_linear.weight": "hidden ffn",
+            },
+            "norms": PRE_NORMS,
+        },
+        layer_blocks=granite_blocks,
+        kv_cache=KV_CACHE,
+        attends=ATTENDS,
+        routed=Routed("block_sparse_moe.router", "block_sparse_moe.experts"),
+        logits_divisor="logits_scaling",
+    )
+)
+
+
 def qwen3_blocks(config: Config, layer: int) -> tuple[str, ...]:
     """A layer has experts unless it is listed as dense or the sparse step passes it over."""
     sparse = layer not in (config.mlp_only_layers or []) and (layer + 1) % config.decoder_sparse_step == 0
