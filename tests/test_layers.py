@@ -1,6 +1,7 @@
 """Imports inside the package point down the layers of docs/architecture.md, and no method imports another."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,16 +24,19 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 ABOVE_ALL = {"__init__", "__main__"}  # the public face, and `python -m nestling`
 
 
+@cache
 def imported(path):
     """The parts of the package that a file imports, wherever in it, with the names it takes from them."""
+    found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "nestling":
-            yield from ((alias.name, alias.name) for alias in node.names)
+            found += [(alias.name, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nestling."):
-            yield from ((node.module.split(".")[1], alias.name) for alias in node.names)
+            found += [(node.module.split(".")[1], alias.name) for alias in node.names]
         elif isinstance(node, ast.Import):
             names = [alias.name.split(".") for alias in node.names]
-            yield from ((name[1], name[-1]) for name in names if name[0] == "nestling" and len(name) > 1)
+            found += [(name[1], name[-1]) for name in names if name[0] == "nestling" and len(name) > 1]
+    return found
 
 
 def part(path):

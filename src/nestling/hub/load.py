@@ -72,6 +72,7 @@ def load(
 def config(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of a source, without its weights; also of a YAML or JSON file with the config's fields alone.
 
+    Of a checkpoint that reads pictures too it is the config of the language model, which is what `load` loads.
     Raises `CheckpointError` like `load`.
     """
     if Path(source).suffix in CONFIG_SUFFIXES and Path(source).is_file():
@@ -84,8 +85,7 @@ def config(source: str | Path, *, trust_remote_code: bool = False) -> PreTrained
         folder = fetch(place.name) if fetch else place.path
         check_folder(folder)
         found = check_config(folder, source, trust_remote_code)
-    found._name_or_path = str(source)
-    return found
+    return _of_text(found, source)
 
 
 def _config_file(path: Path) -> PreTrainedConfig:
@@ -97,8 +97,13 @@ def _config_file(path: Path) -> PreTrainedConfig:
         raise CheckpointError(
             f"'{path}' is not a config ({first_line(error)}): give YAML or JSON fields, model_type among them"
         ) from error
-    found._name_or_path = str(path)
-    return found
+    return _of_text(found, path)
+
+
+def _of_text(found: PreTrainedConfig, source: str | Path) -> PreTrainedConfig:
+    text = found.get_text_config()
+    text._name_or_path = str(source)
+    return text
 
 
 def tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:

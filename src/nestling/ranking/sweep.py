@@ -158,13 +158,17 @@ class _Watch:
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             source = args[0] if place.part is None else output
-            kept = source.detach(), output.detach()
+            kept = self._by_rows(source.detach()), self._by_rows(output.detach())
             with torch.no_grad():
                 add(module, *kept, None)
             if source.requires_grad:
-                source.register_hook(lambda gradient: add(module, *kept, gradient))
+                source.register_hook(lambda gradient: add(module, *kept, self._by_rows(gradient)))
 
         return hook
+
+    def _by_rows(self, values: Tensor) -> Tensor:
+        """`[batch, seq, channels]`, also where a module reads all tokens in one row `[batch x seq, channels]`."""
+        return values.view(*self._shape, -1) if values.dim() == 2 else values
 
     def _record_experts(self, place: Place, axes: list[Axis]) -> Callable[..., None]:
         spec = self.anatomy.tensors[place.tensor]

@@ -241,9 +241,12 @@ class _Watch:
         return processes.summed(own).to(dtype)
 
     def _tokens(self, values: Tensor) -> Tensor:
-        """`[batch, seq, dim]` -> `[tokens, dim]` of at least float32: squares of half precision overflow."""
-        values = values.to(torch.promote_types(values.dtype, torch.float32))
-        return values.flatten(0, 1) if self._mask is None else values[self._mask]
+        """`[batch, seq, dim]`, or all tokens in one row already, -> `[tokens, dim]` of at least float32.
+
+        Squares of half precision overflow.
+        """
+        values = values.to(torch.promote_types(values.dtype, torch.float32)).flatten(0, -2)
+        return values if self._mask is None else values[self._mask.flatten()]
 
     def _read(self, name: str, layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
