@@ -2,10 +2,11 @@
 
 The parent is a dense decoder of 0.7 M parameters, pretrained here on the source of the running Python. `elastic` trains
 0.75x and 0.5x members and the parent together on T tokens. `separate` prunes the parent by the same ranking to the very
-shape that the router found and distills it on T tokens, and on T/2; `uniform` and `random` are elastic runs with shapes
-that no router chose, both of the same budgets. Losses are of held-out text, nats per token.
+shape that the router found and distills it on T tokens, on T/2 and on T/4; `uniform` and `random` are elastic runs with
+shapes that no router chose, both of the same budgets. Losses are of held-out text, nats per token; seconds are
+processor time.
 
-    python benchmarks/elastic/one_run.py [--work runs/elastic] [--seeds 0 1]
+    python -m benchmarks.elastic.one_run [--work runs/elastic] [--seeds 0 1]
 
 Every arm is kept in the work folder when it is done, so a run that was stopped goes on.
 """
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
+import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
@@ -56,28 +59,32 @@ ROWS = {"context": 128, "batch_size": 4, "micro_batch_size": 4, "save_every": 0}
 TOKENS = ROWS["context"] * ROWS["batch_size"]
 PARENT_STEPS = 600
 RATE = 1e-3
+CONTROLS = ("uniform", "random")
+PARTS = (1.0, 0.5, 0.25)  # of the elastic run's tokens, for separate runs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", default="runs/elastic", help="folder for what is done")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--controls", nargs="*", default=["uniform", "random"], help="shapes to compare with")
+    parser.add_argument("--controls", nargs="*", default=CONTROLS, help="shapes to compare with")
     parser.add_argument("--steps", type=int, default=160, help="steps of the elastic run, of 512 tokens each")
+    parser.add_argument("--routing", type=float, default=0.2, help="part of them in which the router learns")
+    parser.add_argument("--weights", type=float, nargs=3, default=[1, 2, 2], help="of the parent and the members")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    bench = Bench(Path(chosen.work), chosen.steps)
+    bench = Bench(Path(chosen.work), chosen.steps, {"routing": chosen.routing, "weights": chosen.weights})
     rows = [row for seed in chosen.seeds for row in bench.rows(seed, chosen.controls)]
     show(rows)
     RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(record(rows, chosen.seeds, chosen.steps), indent=1) + "\n")
+    RESULT.write_text(json.dumps(record(rows, chosen.seeds, bench), indent=1) + "\n")
 
 
 class Bench:
     """The parent and its arms, each done once."""
 
-    def __init__(self, work: Path, steps: int):
-        self.work, self.steps = work, steps
+    def __init__(self, work: Path, steps: int, options: dict[str, Any]):
+        self.work, self.steps, self.options = work, steps, options
         work.mkdir(parents=True, exist_ok=True)
         self.tokenizer = self._tokenizer()
         self.parent = self._parent()
@@ -94,22 +101,25 @@ class Bench:
         rows = [parent, *found]
         for row in found:
             if row["member"] != "1x":
-                for part in (1.0, 0.5):
+                for part in PARTS:
                     name = f"separate-{row['member']}-{part:g}-{seed}"
                     rows.append(self.kept(name, lambda row=row, part=part: self.separate(row, part, seed)))
         for arm in controls:
             rows += self.kept(f"{arm}-{seed}", lambda arm=arm: self.elastic(seed, arm))
         return rows
 
-    def elastic(self, seed: int, arm: str = "elastic") -> list[dict[str, Any]]:
-        """One run for all members; shapes by the router, the same part of every axis, or drawn."""
-        parent, started = copy.deepcopy(self.parent), time.monotonic()
-        shapes = None if arm == "elastic" else self.shapes(parent, seed, arm)
+    def elastic(self, seed: int, arm: str = "elastic", **changed: Any) -> list[dict[str, Any]]:
+        """One run for all members; shapes by the router, the same part of every axis, or drawn.
+
+        changed: settings of the run that differ from those of the others.
+        """
+        parent, started = copy.deepcopy(self.parent), time.process_time()
+        shapes = self.shapes(parent, seed, arm) if arm in CONTROLS else None
+        settings = {"steps": self.steps, "learning_rate": RATE, "seed": seed, "log_every": 20, **ROWS, **self.options}
         family = nl.elastic.train(
-            parent, BUDGETS, DATA, self.tokenizer, shapes=shapes, ranking=self.ranking(), steps=self.steps,
-            learning_rate=RATE, seed=seed, log_every=20, **ROWS,
-        )  # fmt: skip
-        seconds = time.monotonic() - started
+            parent, BUDGETS, DATA, self.tokenizer, shapes=shapes, ranking=self.ranking(), **(settings | changed)
+        )
+        seconds = time.process_time() - started
         whole = family.cost("1x").params
         return [
             {
@@ -127,12 +137,12 @@ class Bench:
 
     def separate(self, row: dict[str, Any], part: float, seed: int) -> dict[str, Any]:
         """Prune to a member's shape and distill it alone on a part of the tokens."""
-        child, started = nl.prune(self.parent, self.ranking(), Shape(**row["shape"])), time.monotonic()
+        child, started = nl.prune(self.parent, self.ranking(), Shape(**row["shape"])), time.process_time()
         zero_shot, steps = self.loss(child), round(self.steps * part)
         nl.distill(
             child, self.parent, DATA, self.tokenizer, steps=steps, learning_rate=RATE, seed=seed, log_every=20, **ROWS
         )
-        seconds = time.monotonic() - started
+        seconds = time.process_time() - started
         loss = self.loss(child)
         return {
             **{key: row[key] for key in ("seed", "member", "params", "shape")},
@@ -194,14 +204,16 @@ def _cell(value: Any) -> str:
     return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def record(rows: list[dict[str, Any]], seeds: list[int], steps: int) -> dict[str, Any]:
+def record(rows: list[dict[str, Any]], seeds: list[int], bench: Bench) -> dict[str, Any]:
+    weights = " ".join(f"{weight:g}" for weight in bench.options["weights"])
     return {
-        "command": f"python benchmarks/elastic/one_run.py --seeds {' '.join(map(str, seeds))} --steps {steps}",
-        "commit": _commit(),
+        "command": f"python -m benchmarks.elastic.one_run --seeds {' '.join(map(str, seeds))} --steps {bench.steps} "
+        f"--routing {bench.options['routing']} --weights {weights}",
+        "commit": commit(),
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "seeds": seeds,
         "rows": rows,
-        "claims": claims(rows, seeds, steps),
+        "claims": claims(rows, seeds, bench.steps),
     }
 
 
@@ -216,26 +228,27 @@ def claims(rows: list[dict[str, Any]], seeds: list[int], steps: int) -> dict[str
         needed = [_tokens_for(elastic[m], {t: loss for (name, t), loss in apart.items() if name == m}) for m in BUDGETS]
         ratios.append(sum(needed) / whole)
     return {
-        "member_loss_gap": _claim(gaps, seeds, None, "relative", (
+        "member_loss_gap": claim(gaps, seeds, None, "relative", (
             "held-out loss of a member over that of the same shape, pruned and distilled alone on the same tokens, - 1"
         )),
-        "tokens_vs_separate_runs": _claim(ratios, seeds, 7, "x fewer", (
+        "tokens_vs_separate_runs": claim(ratios, seeds, 7, "x fewer", (
             "tokens that separate runs need for the losses of both reduced members, over those of the one run; from "
-            "runs on half and all of its tokens, interpolated in log tokens, at most all; the paper counts search too"
+            "runs on 1/4, 1/2 and all of its tokens, interpolated in log tokens, at most all; the paper counts search"
         )),
     }  # fmt: skip
 
 
 def _tokens_for(loss: float, runs: dict[int, float]) -> float:
-    """Tokens at which separate runs reach a loss, from two of them; no more than the longer one had."""
-    (few, high), (many, low) = sorted(runs.items())
+    """Tokens at which separate runs reach a loss, from some of them; no more than the longest had."""
+    points = sorted(runs.items())
+    pairs = list(itertools.pairwise(points))
+    (few, high), (many, low) = next((pair for pair in pairs if loss > pair[1][1]), pairs[-1])
     if loss <= low or high <= low:
-        return float(many)
-    part = (high - loss) / (high - low)
-    return float(min(many, few * (many / few) ** part))
+        return float(points[-1][0])
+    return float(min(many, few * (many / few) ** ((high - loss) / (high - low))))
 
 
-def _claim(values: list[float], seeds: list[int], paper: float | None, unit: str, how: str) -> dict[str, Any]:
+def claim(values: list[float], seeds: list[int], paper: float | None, unit: str, how: str) -> dict[str, Any]:
     mean = sum(values) / len(values)
     return {
         "value": mean,
@@ -247,9 +260,7 @@ def _claim(values: list[float], seeds: list[int], paper: float | None, unit: str
     }
 
 
-def _commit() -> str:
-    import subprocess
-
+def commit() -> str:
     return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
 
 

@@ -1,12 +1,14 @@
 """`nestling elastic`: from a checkpoint to a family, a member of it, and what is shown of both."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nestling import hub
 from nestling.cli import main
+from nestling.cost import cost_of_form
 from nestling.elastic import Family
 from tests.cli.workplace import TEXT
 from tests.models import logits, token_batches
@@ -26,7 +28,8 @@ def test_a_family_from_train_to_extract(place, capsys):
     assert {name: round(m["of_parent"], 2) for name, m in summary["members"].items()} == {
         "1x": 1.0, "0.75x": 0.75, "0.5x": 0.5,
     }  # fmt: skip
-    assert set(summary["compared"]["0.5x"]) == {"learned", "uniform", "random"}
+    assert set(summary["compared"]["0.75x"]) == {"learned", "searched", "uniform", "random"}
+    assert summary["compared"]["0.75x"]["searched"][0]["shape"]
     page = (place / "run/report.html").read_text()
     assert "What each layer keeps" in page
     assert "0.75x" in page
@@ -45,6 +48,16 @@ def test_a_family_from_train_to_extract(place, capsys):
     assert hub.load("between")[0].config.nestling_member == {"budget": "0.6x", "trained": False}
     shown = run(capsys, "elastic", "inspect", "run")
     assert shown["0.75x"]["params"] == summary["members"]["0.75x"]["params"]
+
+
+def test_a_latency_is_met_with_times_of_this_machine(place, capsys, monkeypatch):
+    """Times are made up here: measuring is tested with the search."""
+    times = SimpleNamespace(milliseconds=lambda anatomy, form: 1 + cost_of_form(anatomy, form).params / 1000)
+    monkeypatch.setattr("nestling.recipes.elastic.table", lambda *arguments: times)
+    nothing = ["--evaluation_tokens", "0", "--compare", "0", "--train.steps", "2", "--train.batch_size", "2"]
+    summary = run(capsys, *TRAIN, *nothing, *QUICK, "--to", "latency=0.7x")
+    assert abs(summary["members"]["latency=0.7x"]["budget_error"]) < 0.01
+    assert summary["members"]["latency=0.7x"]["of_parent"] < 0.75
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from nestling.elastic.likely import Likely
 from nestling.elastic.soft import softly
+from nestling.elastic.soft_norm import _size_by_size, rms_eps, soft_norm
 from nestling.surgery import prune
 from tests.elastic.toy import one_hot, random_logits, sorted_parent, space_of
 from tests.models import VARIANTS, in_float64, logits, token_batches
@@ -70,3 +72,24 @@ def test_without_norms_over_kept_channels_the_mask_would_be_wrong(monkeypatch):
     with torch.no_grad(), softly(model, space, chances):
         found = model(input_ids=IDS).logits
     assert (found - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma3_text", "nemotron"])
+def test_all_sizes_of_a_norm_at_once_are_those_one_by_one(variant):
+    """Where a norm is a root mean square; the norms of Nemotron take the mean off and are computed one by one."""
+    model, ranking = sorted_parent(variant)
+    space = space_of(model, ranking, per_layer=())
+    chances = {f: torch.softmax(z, -1) for f, z in random_logits(space, 0, 1.0).items()}
+    likely = Likely(space, chances, next(model.parameters()))
+    name, spec = next(
+        (n, s) for n, s in space.anatomy.tensors.items() if "norm" in n and "hidden" in s.letters and s.layer == 1
+    )
+    norm = model.get_submodule(name.removesuffix(".weight"))
+    assert (rms_eps(norm) is None) == (variant == "nemotron")
+    hidden = 1 + torch.randn(2, 3, space.anatomy.sizes(None)["hidden"], dtype=torch.float64)
+    with in_float64():
+        output = norm(hidden)
+        mask = likely.along(spec.layout[0], 1, frozenset({"hidden"}))
+        expected = _size_by_size(["hidden"], spec, likely)(norm, (hidden,), output)
+        found = soft_norm(norm, spec, likely)(norm, (hidden,), output) * mask
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)

@@ -4,23 +4,26 @@ import pytest
 import torch
 
 from nestling.anatomy import Anatomy
+from nestling.cost import cost_of_form
 from nestling.elastic.bill import Bill
 from nestling.elastic.target import TOLERANCE, Target, harden, project
 from nestling.errors import TargetError
+from nestling.shape import fit
 from tests.elastic.toy import random_logits, sorted_parent, space_of
 
 WIDE = {"hidden_size": 96, "intermediate_size": 200}
 
 
-def setting(variant="llama", budget="0.5x", per_layer=None, **overrides):
+def setting(variant="llama", budget="0.5x", per_layer=None, latency=None, **overrides):
     model, ranking = sorted_parent(variant, **(overrides or WIDE))
-    return space_of(model, ranking, per_layer), Target.of(budget, Bill(Anatomy.of(model), 64))
+    space = space_of(model, ranking, per_layer)
+    return space, Target.of(budget, Bill(Anatomy.of(model), 64), latency).on(space)
 
 
 @pytest.mark.parametrize("tau", [1.0, 0.2])
-@pytest.mark.parametrize("budget", ["0.75x", "0.5x", "kv_bytes=0.6x,params=0.7x", "flops_per_token=0.5x"])
+@pytest.mark.parametrize("budget", ["0.75x", "0.5x", "kv_bytes=0.6x,params=0.7x", "active_params=0.7x"])
 def test_chances_lie_on_the_budget(budget, tau):
-    space, target = setting(budget=budget)
+    space, target = setting("qwen3_moe" if "active" in budget else "llama", budget)
     for seed in range(2):
         found = project(space, target, random_logits(space, seed), tau)
         assert target(*space.expected(found.chances)).item() == pytest.approx(1, abs=1e-5)
@@ -75,6 +78,26 @@ def test_a_chain_is_nested():
         assert all((below[field] <= above[field]).all() for field in below)
         free = harden(space, small, random_logits(space, seed + 10))
         assert abs(small.of_sizes(space, below) - 1) <= TOLERANCE >= abs(small.of_sizes(space, free) - 1)
+
+
+def test_latency_is_met_as_measured_and_steered_to_by_a_law():
+    """With times that no sum of what is read can equal."""
+    anatomy = Anatomy.of(sorted_parent("llama", **WIDE)[0])
+
+    def latency(form):
+        return 1 + 0.3 * len(form.layers) + cost_of_form(anatomy, form).params ** 0.8 / 500
+
+    space, target = setting(budget="latency=0.7x,params=0.9x", per_layer=(), latency=latency)
+    for seed in range(2):
+        sizes = harden(space, target, random_logits(space, seed))
+        form = fit(anatomy, space.shape(sizes), space.kept(sizes))
+        assert max(latency(form) / (0.7 * latency(fit(anatomy, {}))), target.of_sizes(space, sizes)) <= 1 + TOLERANCE
+        assert abs(target.of_sizes(space, sizes) - 1) <= TOLERANCE
+        chances = project(space, target, random_logits(space, seed), 1.0).chances
+        assert target(*space.expected(chances)).item() == pytest.approx(1, abs=1e-5)
+        assert target(*space.exactly(sizes)).item() == pytest.approx(1, abs=0.1)
+    with pytest.raises(TargetError, match="needs times measured"):
+        setting(budget="latency=0.7x")
 
 
 def test_impossible_budgets_are_refused():

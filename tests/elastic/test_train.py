@@ -15,7 +15,7 @@ from nestling.elastic.learner import draw
 from nestling.elastic.router import Router, gumbel, relaxed
 from nestling.errors import NestlingError, TargetError
 from nestling.shape import Shape
-from nestling.train import LearnerTrainer
+from nestling.train import LearnerTrainer, recomputes
 from tests.elastic import worker
 from tests.elastic.toy import sorted_parent, space_of
 from tests.models import logits, random_ranking, tiny, token_batches
@@ -68,9 +68,19 @@ def test_two_processes_train_what_one_does(whole, tmp_path):
     assert shapes == {name: entry.shape for name, entry in whole.entries.items()}
 
 
+def test_activations_that_are_recomputed_change_nothing(whole):
+    """Under soft masks, whose hooks are gone by the backward pass, and on slices."""
+    family = worker.run(None, gradient_checkpointing=True)
+    assert family.entries == whole.entries
+    expected = dict(whole.parent.named_parameters())
+    assert all(torch.allclose(p, expected[name], atol=1e-6) for name, p in family.parent.named_parameters())
+    assert not recomputes(family.parent)
+
+
 @pytest.mark.parametrize(
     ("variant", "settings"),
     [
+        ("qwen3_moe", {"weights": [1, 2, 2]}),
         ("llama", {"teacher": "trainable", "masks": "straight_through", "per_layer": "intermediate_size"}),
         ("qwen2", {"teacher": "none", "masks": "hard", "chain": True}),
         ("nemotron_h", {"long_context": 24, "long_tokens": 96, "long_weights": [2, 1, 1]}),
@@ -84,6 +94,8 @@ def test_every_kind_of_training_gives_members_on_their_budgets(variant, settings
     for name in budgets:
         assert family.cost(name).params / family.cost("1x").params == pytest.approx(float(name[:-1]), rel=0.01)
         assert torch.isfinite(logits(family[name], data[0]["input_ids"])).all()
+    if variant == "qwen3_moe":
+        assert any("num_experts" in entry.shape for entry in family.entries.values())
     if settings.get("chain"):
         small, large = family.entry("0.5x").shape, family.entry("0.75x").shape
         assert all(small[field] <= large[field] for field in small)
@@ -151,7 +163,9 @@ def test_what_cannot_be_is_refused_before_any_work():
         train(model, ["0.01x"], None)
     with pytest.raises(TargetError, match="each budget once"):
         train(model, [], None)
-    with pytest.raises(NestlingError, match="keeps its activations"):
-        ElasticSettings(gradient_checkpointing=True)
+    with pytest.raises(NestlingError, match="fsdp cuts up"):
+        ElasticSettings(fsdp=True)
+    with pytest.raises(TargetError, match="needs times measured"):
+        train(model, ["latency=0.7x"], None)
     with pytest.raises(NestlingError, match="second stage"):
         ElasticSettings(long_context=64)

@@ -9,7 +9,7 @@ hard choice the figures are those of `cost`. Paper: Nemotron Elastic, arXiv 2511
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +22,8 @@ from nestling.errors import TargetError
 
 METRICS = ("params", "active_params", "weight_bytes", "kv_bytes", "state_bytes", "memory_bytes", "flops_per_token")
 Letters = tuple[str, ...]
-# For each letter its size in every layer `[num_layers]`.
-Sizes = Mapping[str, Tensor]
+# The size of every letter that may shrink in every layer, `[letters, num_layers]`; see `letters_of`.
+Sizes = Tensor
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,35 @@ class Term:
     factor: Tensor
     capped: tuple[tuple[str, float], ...] = ()
 
-    def value(self, sizes: Sizes, gates: Tensor) -> Tensor:
-        product = self.factor * gates if self.scope == "layer" else self.factor
-        for letter in self.letters:
-            product = product * sizes[letter]
-        for letter, limit in self.capped:
-            product = product * sizes[letter].clamp(max=limit)
-        return product.sum()
+
+class Table:
+    """The monomials of one cost, weighted and evaluated at once: a few operations for all terms of all layers.
+
+    Rows of what is multiplied: a line for each letter, for each letter up to its limit, the gates, and ones.
+    """
+
+    def __init__(self, terms: Sequence[tuple[float, list[Term]]], letters: Sequence[str]):
+        flat = [(factor, term) for factor, part in terms for term in part]
+        capped = sorted({line for _, term in flat for line in term.capped})
+        self._capped = torch.tensor([letters.index(letter) for letter, _ in capped], dtype=torch.long)
+        self._limits = torch.tensor([limit for _, limit in capped], dtype=torch.float64)[:, None]
+        rows: list[object] = [*letters, *capped, "gate", "one"]
+        place = {row: number for number, row in enumerate(rows)}
+        products = [[*t.letters, *t.capped, *(["gate"] if t.scope == "layer" else [])] for _, t in flat]
+        longest = max((len(product) for product in products), default=0)
+        padded = [product + ["one"] * (longest - len(product)) for product in products]
+        index = [[place[row] for row in product] for product in padded]
+        self._index = torch.tensor(index, dtype=torch.long).view(len(flat), longest)
+        self._factors = torch.stack([f * t.factor for f, t in flat]) if flat else torch.zeros(0, 1, dtype=torch.float64)
+
+    def __call__(self, sizes: Sizes, gates: Tensor) -> Tensor:
+        """The cost, a float64 scalar."""
+        lines = [sizes, sizes[self._capped].minimum(self._limits)] if len(self._capped) else [sizes]
+        stacked = torch.cat([*lines, gates[None], torch.ones_like(gates)[None]])
+        total = self._factors
+        for column in self._index.unbind(1):
+            total = total * stacked[column]
+        return total.sum()
 
 
 class Bill:
@@ -56,7 +78,7 @@ class Bill:
 
     def __init__(self, anatomy: Anatomy, context: int = 4096):
         self.anatomy, self.context = anatomy, context
-        self._letters = {axis.letter for axis in anatomy.axes.values()}
+        self._letters = letters_of(anatomy)
         params, active, matrices = (_Sum(anatomy) for _ in range(3))
         for spec in anatomy.tensors.values():
             self._tensor(spec, params, active, matrices)
@@ -69,7 +91,7 @@ class Bill:
             self._products(attention, layer, tuple(filter(None, [architecture.attends.get(block)])), length)
         item = item_bytes(anatomy.config)
         states: list[tuple[float, list[Term]]] = [(STATE_BYTES, state.terms()), (item, recent.terms())]
-        self.terms: dict[str, list[tuple[float, list[Term]]]] = {
+        terms: dict[str, list[tuple[float, list[Term]]]] = {
             "params": [(1, params.terms())],
             "active_params": [(1, active.terms())],
             "weight_bytes": [(item, params.terms())],
@@ -78,25 +100,17 @@ class Bill:
             "memory_bytes": [(item, params.terms()), (item, kv.terms()), *states],
             "flops_per_token": [(2, matrices.terms()), (4, attention.terms()), (5, state.terms())],
         }
+        self._tables = {metric: Table(parts, self._letters) for metric, parts in terms.items()}
 
     def __call__(self, metric: str, sizes: Sizes, gates: Tensor) -> Tensor:
         """One cost, a float64 scalar. Raises `TargetError` for a metric that is not a function of sizes."""
-        if metric not in self.terms:
+        if metric not in self._tables:
             raise TargetError(f"'{metric}' cannot be steered to: choose from {', '.join(METRICS)}")
-        total = torch.zeros((), dtype=torch.float64)
-        for factor, terms in self.terms[metric]:
-            for term in terms:
-                total = total + factor * term.value(sizes, gates)
-        return total
+        return self._tables[metric](sizes, gates)
 
-    def whole(self) -> tuple[dict[str, Tensor], Tensor]:
+    def whole(self) -> tuple[Sizes, Tensor]:
         """The parent's own sizes and gates."""
-        layers = range(self.anatomy.num_layers)
-        sizes = {
-            letter: torch.tensor([self.anatomy.sizes(layer).get(letter, 0) for layer in layers], dtype=torch.float64)
-            for letter in sorted(self._letters)
-        }
-        return sizes, torch.ones(len(layers), dtype=torch.float64)
+        return whole(self.anatomy)
 
     def _tensor(self, spec: TensorSpec, params: _Sum, active: _Sum, matrices: _Sum) -> None:
         anatomy, sizes = self.anatomy, self.anatomy.sizes(spec.layer)
@@ -131,6 +145,18 @@ class Bill:
         factor = math.prod(int(letter) if letter.isdigit() else sizes[letter] for letter in fixed)
         free = sorted(letter for letter in letters if letter in self._letters and letter not in experts)
         return float(factor), tuple(free), tuple((letter, experts[letter]) for letter in letters if letter in experts)
+
+
+def letters_of(anatomy: Anatomy) -> list[str]:
+    """The letters that may shrink, in the order of `Sizes`."""
+    return sorted(axis.letter for axis in anatomy.axes.values())
+
+
+def whole(anatomy: Anatomy) -> tuple[Sizes, Tensor]:
+    """The parent's own sizes and gates."""
+    layers = [anatomy.sizes(layer) for layer in range(anatomy.num_layers)]
+    sizes = [[line.get(letter, 0) for line in layers] for letter in letters_of(anatomy)]
+    return torch.tensor(sizes, dtype=torch.float64), torch.ones(len(layers), dtype=torch.float64)
 
 
 class _Sum:

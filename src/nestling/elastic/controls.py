@@ -17,7 +17,7 @@ def uniform(space: Space, target: Target) -> Shape:
     low, high = 0.0, 1.0
     for _ in range(20):
         part = (low + high) / 2
-        sizes = {field: knob.sizes[:, 0] * part for field, knob in space.knobs.items()}
+        sizes = {field: (knob.sizes[:, 0] * part).ceil().clamp(min=1).long() for field, knob in space.knobs.items()}
         low, high = (part, high) if target.of_sizes(space, sizes) < 1 else (low, part)
     near = {field: -PULL * (knob.sizes / knob.sizes[:, :1] - low).abs() for field, knob in space.knobs.items()}
     return space.shape(harden(space, target, near))

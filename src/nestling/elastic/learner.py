@@ -10,7 +10,7 @@ arXiv 2511.16664, sections 3.3 to 3.5, with the budget as a constraint instead o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,12 @@ from nestling.anatomy import decoder, logits_head
 from nestling.elastic.member import Member
 from nestling.elastic.router import Router, gumbel, relaxed
 from nestling.elastic.settings import WHOLE, ElasticSettings
-from nestling.elastic.soft import softly
+from nestling.elastic.soft import Softened
 from nestling.elastic.space import Space
 from nestling.elastic.target import Target, harden, project
 from nestling.ranking import Ranking
 from nestling.surgery.choose import choose
-from nestling.train import Head, Learner, Objective, logit_losses, model_inputs
+from nestling.train import Head, Learner, Objective, logit_losses, model_inputs, recompute, recomputes
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class ElasticLearner(Learner):
         self.shares = settings.shares(len(plan.targets))
         self.step, self.done = 0, 0.0
         self.drawn: list[int] = []
+        self._softened = Softened(parent, plan.space)
         self._members: dict[int, Member] = {}
         self._used: set[int] = set()
         if shapes is not None:
@@ -112,6 +113,9 @@ class ElasticLearner(Learner):
         """The fixed sizes `[rows]` of a budget, by knob."""
         counts = [len(knob.rows) for knob in self.plan.space.knobs.values()]
         return dict(zip(self.plan.space.knobs, self.sizes[number].cpu().split(counts), strict=True))
+
+    def recomputed(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        return self._softened.recomputed()
 
     def forward(
         self,
@@ -174,7 +178,7 @@ class ElasticLearner(Learner):
         if number < 0:
             yield self.student
         else:
-            with softly(self.student, self.plan.space, self.chances(number)) as model:
+            with self._softened.under(self.chances(number)) as model:
                 yield model
 
     def chances(self, number: int) -> dict[str, Tensor]:
@@ -190,7 +194,9 @@ class ElasticLearner(Learner):
             space = self.plan.space
             shape = space.shape(self.chosen(number))
             self._members[number] = Member(self.student, choose(space.anatomy, self.plan.ranking, shape))
-            self._members[number].model.train(self.student.training)
+            model = self._members[number].model.train(self.student.training)
+            if recomputes(self.student):
+                recompute(model)
         return self._members[number]
 
     def _fix(self, shapes: Sequence[Mapping[str, Tensor]]) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from transformers.modeling_layers import GradientCheckpointingLayer
+
 from nestling.elastic.router import MASKS, Schedule
 from nestling.errors import NestlingError
 from nestling.train import Objective, TrainSettings, documented
 
 TEACHERS = ("frozen", "trainable", "none")
 WHOLE = "1x"
+# Whether what is recomputed of a layer is its forward pass alone, not its hooks too, as before transformers 5.24.
+HOOKS_STAY_OUT = "__call__" not in vars(GradientCheckpointingLayer)
 
 
 @documented
@@ -73,11 +77,14 @@ class ElasticSettings(TrainSettings):
             raise NestlingError(f"routing {self.routing} is not a part of the steps: give a number from 0 to 1")
         if not (self.tau_end > 0 and self.tau_start > 0 and self.scale_end > 0 and self.router_learning_rate > 0):
             raise NestlingError("tau_start, tau_end, scale_end and router_learning_rate must be above 0")
-        if self.gradient_checkpointing:
-            raise NestlingError("elastic training keeps its activations: leave gradient_checkpointing off")
+        if self.fsdp:
+            raise NestlingError("members are windows on whole matrices, which fsdp cuts up: leave it off here")
+        if not HOOKS_STAY_OUT:
+            if self.gradient_checkpointing:
+                raise NestlingError("transformers 5.24 or later is needed to recompute activations here: upgrade it")
+            self.gradient_checkpointing = False
         if bool(self.long_context) != bool(self.long_tokens):
             raise NestlingError("a second stage needs both long_context and long_tokens: give the other one too")
-        self.gradient_checkpointing = False
 
     def objective(self) -> Objective:
         """What is asked of a member's logits. Raises `NestlingError` for a value that is not possible."""

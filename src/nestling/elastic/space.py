@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.anatomy import Anatomy, Axis
-from nestling.elastic.bill import Bill, Sizes
+from nestling.elastic.bill import Sizes, letters_of, whole
 from nestling.errors import ShapeError
 from nestling.shape import Shape, fit
 
@@ -63,20 +64,60 @@ class Space:
         self.rank = torch.empty(anatomy.num_layers, dtype=torch.long)
         self.rank[torch.as_tensor(order)] = torch.arange(anatomy.num_layers)
         self.knobs = {knob.field: knob for knob in self._knobs(per_layer, FLOORS[floor], axes)}
+        if not self.knobs:
+            raise ShapeError("nothing in this model has another size on offer: allow more axes")
         self._row = {field: self._row_of_layer(knob) for field, knob in self.knobs.items()}
-        self._full, _ = Bill(anatomy).whole()
+        self._rows = {field: row.tolist() for field, row in self._row.items()}
+        self._fields = {knob.letter: field for field, knob in self.knobs.items() if knob.letter is not None}
+        self._letters: dict[int | None, frozenset[str]] = {None: frozenset(self._fields)}
+        for layer in range(anatomy.num_layers):
+            self._letters[layer] = frozenset(k for k, field in self._fields.items() if self._rows[field][layer] >= 0)
+        self._kept: dict[str, Tensor] = {}
+        self._full, self._gates = whole(anatomy)
+        self._lay_out()
+
+    def letters_of(self, layer: int | None) -> frozenset[str]:
+        """Letters that may shrink in a layer; all of them for what is outside the layers."""
+        return self._letters[layer]
+
+    def row(self, letter: str, layer: int | None) -> tuple[str, int]:
+        """The knob of a letter, and its row that rules a layer; the first one outside the layers."""
+        field = self._fields[letter]
+        return field, self._rows[field][layer or 0]
+
+    def kept_units(self, field: str) -> Tensor:
+        """Which units each choice keeps, the first ones: `[rows, choices, units]`."""
+        if field not in self._kept:
+            sizes = self.knobs[field].sizes
+            self._kept[field] = torch.arange(int(sizes.max())) < sizes[..., None]
+        return self._kept[field]
 
     def spread(self, field: str, per_row: Tensor) -> Tensor:
         """A knob's values per row `[rows, ...]` as values per layer `[num_layers, ...]`."""
         return per_row[self._row[field].clamp(min=0)]
 
+    def pack(self, values: PerChoice) -> Tensor:
+        """Values of every choice `[rows, choices]` of each knob as one matrix `[all rows, most choices]`.
+
+        What no knob has is minus infinity.
+        """
+        most = self.flat_sizes.shape[1]
+        padded = [F.pad(values[f], (0, most - values[f].shape[1]), value=-torch.inf) for f in self.knobs]
+        return torch.cat(padded).double()
+
+    def unpack(self, flat: Tensor) -> dict[str, Tensor]:
+        """The reverse of `pack`."""
+        parts = flat.split([len(knob.rows) for knob in self.knobs.values()])
+        return {f: part[:, : knob.sizes.shape[1]] for (f, knob), part in zip(self.knobs.items(), parts, strict=True)}
+
+    def expected_flat(self, chances: Tensor) -> tuple[Sizes, Tensor]:
+        """As `expected`, for packed chances, 0 where a knob has no choice."""
+        sizes = self._for_bill((chances * self.flat_sizes).sum(-1))
+        return sizes, self._gates if self._stays is None else self._stays @ chances[self._depth_row]
+
     def expected(self, chances: PerChoice) -> tuple[Sizes, Tensor]:
         """E[size] of every letter in every layer, and the chance of each layer to stay, for `Bill`."""
-        return self._for_bill({field: (chances[field] * knob.sizes).sum(-1) for field, knob in self.knobs.items()}), (
-            self.gates(chances[self.anatomy.depth_field])
-            if self.anatomy.depth_field in self.knobs
-            else torch.ones(self.anatomy.num_layers, dtype=torch.float64)
-        )
+        return self.expected_flat(self.pack(chances).clamp(min=0))
 
     def gates(self, chances: Tensor) -> Tensor:
         """The chance of each layer to stay `[num_layers]`, from those of the numbers of layers `[1, choices]`."""
@@ -85,7 +126,7 @@ class Space:
 
     def exactly(self, chosen: PerRow) -> tuple[Sizes, Tensor]:
         """As `expected`, for sizes that are chosen `[rows]`; they need not be on the lists."""
-        sizes = self._for_bill({field: values.double() for field, values in chosen.items()})
+        sizes = self._for_bill(torch.cat([chosen[field].double() for field in self.knobs]))
         depth = chosen.get(self.anatomy.depth_field)
         count = self.anatomy.num_layers if depth is None else int(depth[0])
         return sizes, (self.rank < count).double()
@@ -127,6 +168,15 @@ class Space:
     def smallest(self) -> dict[str, Tensor]:
         """The smallest sizes on offer `[rows]`."""
         return {field: knob.sizes[:, -1].long() for field, knob in self.knobs.items()}
+
+    def drawn(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Sizes `[rows]` drawn evenly from those on offer."""
+        chosen = {}
+        for field, knob in self.knobs.items():
+            rows, count = knob.sizes.shape
+            picked = torch.randint(0, count, (rows, 1), generator=generator)
+            chosen[field] = knob.sizes.gather(1, picked).flatten().long()
+        return chosen
 
     # ---- construction
 
@@ -182,13 +232,26 @@ class Space:
             rows[list(layers)] = number
         return rows
 
-    def _for_bill(self, per_row: Mapping[str, Tensor]) -> Sizes:
-        sizes = dict(self._full)
-        for field, values in per_row.items():
-            letter = self.knobs[field].letter
-            if letter is not None:
-                sizes[letter] = torch.where(self._row[field] >= 0, self.spread(field, values), sizes[letter])
-        return sizes
+    def _lay_out(self) -> None:
+        """Where packed rows go: the row of every letter in every layer, -1 where it has none."""
+        most, start = max(knob.sizes.shape[1] for knob in self.knobs.values()), 0
+        self.flat_sizes = torch.cat([F.pad(k.sizes, (0, most - k.sizes.shape[1])) for k in self.knobs.values()])
+        self._source = torch.full(self._full.shape, -1)
+        self._stays: Tensor | None = None
+        letters = letters_of(self.anatomy)
+        for field, knob in self.knobs.items():
+            if knob.letter is None:
+                self._depth_row = start
+                stays = (self.rank[:, None] < knob.sizes[0]).double()
+                self._stays = F.pad(stays, (0, most - stays.shape[1]))
+            else:
+                rows = self._row[field]
+                self._source[letters.index(knob.letter)] = torch.where(rows >= 0, rows + start, -1)
+            start += len(knob.rows)
+
+    def _for_bill(self, flat: Tensor) -> Sizes:
+        """Sizes of all rows `[all rows]` by letter and layer; the parent's where nothing may be chosen."""
+        return torch.where(self._source >= 0, flat[self._source.clamp(min=0)], self._full)
 
     def kept(self, chosen: PerRow) -> list[int]:
         """The layers that stay, ascending."""

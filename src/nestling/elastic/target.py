@@ -14,20 +14,23 @@ most first, projecting the rest anew after each, and moves single units to close
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from nestling.budget import Budget
+from nestling.budget import LATENCY, Budget
 from nestling.elastic.bill import Bill, Sizes
 from nestling.elastic.space import PerChoice, PerRow, Space
+from nestling.elastic.timed import Latency, Law, form_of
 from nestling.errors import ShapeError, TargetError
 from nestling.shape import fit
 
 TOLERANCE = 0.01  # what a member may differ from its budget
 CLOSE = 0.0025  # what ends the search for something closer
 HARD_TAU = 0.05
+MOST_MU = 1e5
+EXACT = 1e-11  # of the budget, where the search for the dual variable ends
 SNAP = 65  # how far a size moves for the config's sake
 PAIRED = 24  # rows of which pairs are tried
 
@@ -36,33 +39,56 @@ PAIRED = 24  # rows of which pairs are tried
 class Target:
     """A budget as one number: the largest of cost / limit, which is 1 where the budget is used up.
 
-    name: as it was asked for. limits: metric -> most.
+    name: as it was asked for. limits: metric -> most. latency: milliseconds of a form, where that is limited, and law,
+    its stand-in for sizes that are only expected (see `on`).
     """
 
     name: str
     limits: Mapping[str, float]
     bill: Bill
+    latency: Latency | None = None
+    law: Law | None = None
 
     @classmethod
-    def of(cls, budget: str, bill: Bill) -> Target:
+    def of(cls, budget: str, bill: Bill, latency: Latency | None = None) -> Target:
         """Raises `TargetError` for a text that is no budget, one above the parent, or one that sizes do not tell."""
         sizes, gates = bill.whole()
         limits = {}
         for metric, limit in Budget.parse(budget).limits.items():
-            whole = bill(metric, sizes, gates).item()
+            if metric != LATENCY:
+                whole = bill(metric, sizes, gates).item()
+            elif latency is None:
+                raise TargetError(f"the budget {budget} needs times measured here: pass latency=, or leave it out")
+            else:
+                whole = latency(fit(bill.anatomy, {}, check_config=False))
             limits[metric] = limit.of(whole)
             if limits[metric] >= whole:
                 raise TargetError(
-                    f"the budget {metric}={limit} is not below the parent's {whole:,.0f}: ask for less, such as 0.75x"
+                    f"the budget {metric}={limit} is not below the parent's {whole:,.4g}: ask for less, such as 0.75x"
                 )
-        return cls(budget, limits, bill)
+        return cls(budget, limits, bill, latency)
+
+    def on(self, space: Space) -> Target:
+        """The target for choices of a space, in which latency has its law."""
+        if LATENCY not in self.limits or self.latency is None:
+            return self
+        return replace(self, law=Law.of(space, self.bill, self.latency))
 
     def __call__(self, sizes: Sizes, gates: Tensor) -> Tensor:
-        return torch.stack([self.bill(metric, sizes, gates) / most for metric, most in self.limits.items()]).max()
+        """The part of the budget that expected sizes use."""
+        parts = [self._cost(metric, sizes, gates) / most for metric, most in self.limits.items()]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).max()
+
+    def _cost(self, metric: str, sizes: Sizes, gates: Tensor) -> Tensor:
+        return self.law(sizes, gates) if metric == LATENCY and self.law else self.bill(metric, sizes, gates)
 
     def of_sizes(self, space: Space, chosen: PerRow) -> float:
-        """Cost of chosen sizes `[rows]`, over the budget."""
-        return self(*space.exactly(chosen)).item()
+        """The part of the budget that chosen sizes `[rows]` use."""
+        sizes, gates = space.exactly(chosen)
+        used = [self.bill(m, sizes, gates).item() / most for m, most in self.limits.items() if m != LATENCY]
+        if LATENCY in self.limits and self.latency is not None:
+            used.append(self.latency(form_of(space, chosen)) / self.limits[LATENCY])
+        return max(used)
 
     def check(self, space: Space) -> None:
         """Raises `TargetError` when even the smallest sizes cost more."""
@@ -81,29 +107,26 @@ class Projection:
     mu: float
 
 
-def project(space: Space, target: Target, logits: PerChoice, tau: float, start: float = 0.0) -> Projection:
+def project(space: Space, target: Target, logits: PerChoice, tau: float) -> Projection:
     """Chances on the budget, differentiable in the logits `[rows, choices]`; -inf rules a choice out.
 
-    start: a guess of mu. Where the budget is out of reach, the nearest chances.
+    Where the budget is out of reach, the nearest chances.
     """
-    logits = {field: value.double() for field, value in logits.items()}
+    flat, shares = space.pack(logits), space.flat_sizes / space.flat_sizes[:, :1]
 
-    def chances(mu: Tensor) -> dict[str, Tensor]:
-        return {
-            field: torch.softmax((logits[field] - mu * knob.sizes / knob.sizes[:, :1]) / tau, dim=-1)
-            for field, knob in space.knobs.items()
-        }
+    def chances(mu: Tensor | float) -> Tensor:
+        return torch.softmax((flat - mu * shares) / tau, dim=-1)
 
     with torch.no_grad():
-        mu = _root(lambda value: target(*space.expected(chances(_double(value)))).item() - 1, start)
-    dual = _double(mu).requires_grad_()
-    with torch.enable_grad():
-        cost = target(*space.expected(chances(dual)))
-        (slope,) = torch.autograd.grad(cost, dual, retain_graph=True)
-    if slope.abs() > 1e-9 and cost.requires_grad and torch.is_grad_enabled():
-        cost = target(*space.expected(chances(dual.detach())))
-        dual = dual.detach() - (cost - cost.detach()) / slope  # d mu / d z = - (dC / dz) / (dC / d mu)
-    return Projection(chances(dual if torch.is_grad_enabled() else dual.detach()), mu)
+        mu = _root(lambda value: target(*space.expected_flat(chances(value))).item() - 1)
+    dual = torch.tensor(mu, dtype=torch.float64)
+    if flat.requires_grad and torch.is_grad_enabled():
+        leaf = dual.clone().requires_grad_()
+        cost = target(*space.expected_flat(chances(leaf)))
+        (slope,) = torch.autograd.grad(cost, leaf, retain_graph=True)
+        if slope.abs() > 1e-9:  # d mu / d z = - (dC / dz) / (dC / d mu); the leaf itself asks for nothing
+            dual = dual - (cost - cost.detach()) / slope
+    return Projection(space.unpack(chances(dual)), mu)
 
 
 def harden(
@@ -248,8 +271,10 @@ def _moves(space: Space, target: Target, chosen: PerRow, at_most: PerRow, at_lea
         for row in range(len(knob.rows)):
             most, least, size = (int(sizes[field][row]) for sizes in (at_most, at_least, chosen))
             step = grain if size + grain <= most else -grain
+            if grain >= most or size + step < 1:
+                continue
             slope = (target.of_sizes(space, _with(chosen, field, row, size + step)) - now) / step
-            if slope <= 0 or grain >= most:
+            if slope <= 0:
                 continue
             units = round((1 - now) / slope / grain) * grain
             new = min(most, max(least, size + units))
@@ -275,25 +300,32 @@ def _legal(space: Space, chosen: PerRow, field: str = "", row: int = 0, size: in
     return True
 
 
-def _double(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
-
-
-def _root(function: Callable[[float], float], start: float) -> float:
-    """Where a falling function is 0: a bracket grown around `start`, then bisection with secant steps."""
-    low = high = start
-    step = 1.0
-    while function(low) < 0 and step < 1e5:
-        low, step = low - step, step * 4
-    step = 1.0
-    while function(high) > 0 and step < 1e5:
-        high, step = high + step, step * 4
-    at_low, at_high = function(low), function(high)
-    for turn in range(100):
-        if min(abs(at_low), abs(at_high)) < 1e-12 or high - low < 1e-14 or at_low < 0 or at_high > 0:
+def _root(function: Callable[[float], float]) -> float:
+    """Where a falling function is 0: a bracket grown around 0, then secant steps that keep it (the Illinois rule)."""
+    low = high = step = 0.0
+    at_low = at_high = function(0.0)
+    while at_low < 0 and low > -MOST_MU:
+        step = 4 * step or 1.0
+        low, at_low, high, at_high = low - step, function(low - step), low, at_low
+    while at_high > 0 and high < MOST_MU:
+        step = 4 * step or 1.0
+        low, at_low, high, at_high = high, at_high, high + step, function(high + step)
+    if at_low < 0 or at_high > 0:  # out of reach
+        return low if at_low < 0 else high
+    weight_low, weight_high, last = at_low, at_high, None
+    for _ in range(100):
+        if min(abs(at_low), abs(at_high)) < EXACT or high - low < 1e-14 * max(1.0, abs(high)):
             break
-        secant = low + (high - low) * at_low / (at_low - at_high) if at_low != at_high else low
-        middle = secant if turn % 2 and low < secant < high else (low + high) / 2
+        middle = low + (high - low) * weight_low / (weight_low - weight_high)
+        if not low < middle < high:
+            middle = (low + high) / 2
         value = function(middle)
-        low, at_low, high, at_high = (middle, value, high, at_high) if value > 0 else (low, at_low, middle, value)
+        above = value > 0
+        if above:
+            low, at_low, weight_low = middle, value, value
+            weight_high = weight_high / 2 if above is last else weight_high
+        else:
+            high, at_high, weight_high = middle, value, value
+            weight_low = weight_low / 2 if above is last else weight_low
+        last = above
     return low if abs(at_low) <= abs(at_high) else high

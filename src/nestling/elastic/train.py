@@ -25,6 +25,7 @@ from nestling.elastic.learner import ElasticLearner, Plan
 from nestling.elastic.settings import ElasticSettings, listed
 from nestling.elastic.space import FLOORS, Space
 from nestling.elastic.target import Target, harden
+from nestling.elastic.timed import Latency
 from nestling.errors import TargetError
 from nestling.ranking import Ranking, rank
 from nestling.shape import Shape
@@ -43,6 +44,7 @@ def train(
     *,
     ranking: Ranking | None = None,
     shapes: Mapping[str, Shape] | None = None,
+    latency: Latency | None = None,
     run_dir: str | Path | None = None,
     resume: bool = True,
     progress: Callable[[int], None] | None = None,
@@ -53,20 +55,21 @@ def train(
     data: text by name (needs `tokenizer`), a `datasets.Dataset` with a column `input_ids`, or an iterable of batches
         `{"input_ids": [batch, seq]}`.
     ranking: of the model's units; made on the data unless given. shapes: the members' shapes by budget, to train
-        without a router. run_dir: for metrics and checkpoints. progress: told the tokens ranked.
+        without a router. latency: milliseconds of a form, for budgets of it; see `nestling.search.latency.table`.
+    run_dir: for metrics and checkpoints. progress: told the tokens ranked.
     overrides: single settings, such as `per_layer="intermediate_size"`.
     Raises `TargetError`, before any long work, for a budget that no member can keep within 1 %, and what `fit` raises.
     """
     settings = dataclasses.replace(settings or ElasticSettings(), **overrides)
     anatomy = Anatomy.of(model)
-    check(anatomy, budgets, settings)
+    check(anatomy, budgets, settings, latency)
     if not isinstance(data, (str, Path, datasets.Dataset)):
         data = data if isinstance(data, Sequence) else list(data)
     if ranking is None:
         ranking = rank(model, _calibration(model, data, tokenizer, settings), layers="kl", progress=progress)
     teacher = copy.deepcopy(model) if settings.teacher == "frozen" else None
     order = importance(anatomy, reorder(model, ranking))
-    plan = make_plan(anatomy, order, budgets, settings)
+    plan = make_plan(anatomy, order, budgets, settings, latency)
     fixed = None if shapes is None else [plan.space.sizes_of(shapes[budget]) for budget in budgets]
     learner = ElasticLearner(model, teacher, plan, settings, fixed)
     fit(learner, data, tokenizer, settings, run_dir and Path(run_dir), resume)
@@ -77,29 +80,35 @@ def train(
     return family_of(learner, settings, tokenizer)
 
 
-def check(anatomy: Anatomy, budgets: Sequence[str], settings: ElasticSettings) -> None:
+def check(anatomy: Anatomy, budgets: Sequence[str], settings: ElasticSettings, latency: Latency | None = None) -> None:
     """Raises `TargetError` or `ShapeError` for budgets, axes or weights that cannot be had, before any work."""
     if not budgets or len(set(budgets)) < len(budgets):
         raise TargetError(f"the budgets {', '.join(budgets) or '(none)'} are not a list: give each budget once")
     settings.shares(len(budgets))
-    plan = make_plan(anatomy, range(anatomy.num_layers), budgets, settings)
+    plan = make_plan(anatomy, range(anatomy.num_layers), budgets, settings, latency)
     logits = {field: 0 * knob.sizes for field, knob in plan.space.knobs.items()}
     for target in plan.targets:
         harden(plan.space, target, logits)
 
 
-def make_plan(anatomy: Anatomy, order: Iterable[int], budgets: Sequence[str], settings: ElasticSettings) -> Plan:
+def make_plan(
+    anatomy: Anatomy,
+    order: Iterable[int],
+    budgets: Sequence[str],
+    settings: ElasticSettings,
+    latency: Latency | None = None,
+) -> Plan:
     """The choices and targets of a run. Raises `TargetError` for a budget that no choice keeps."""
     order = list(order)
     bill = Bill(anatomy, settings.cost_context)
-    targets = tuple(Target.of(budget, bill) for budget in budgets)
+    targets = tuple(Target.of(budget, bill, latency) for budget in budgets)
     for floor in range(len(FLOORS)):
         space = Space(anatomy, order, listed(settings.per_layer), floor, listed(settings.axes))
         if all(target.of_sizes(space, space.smallest()) < 0.9 for target in targets):
             break
     for target in targets:
         target.check(space)
-    return Plan(space, sorted_order(anatomy, order), targets)
+    return Plan(space, sorted_order(anatomy, order), tuple(target.on(space) for target in targets))
 
 
 def importance(anatomy: Anatomy, ranking: Ranking) -> list[int]:

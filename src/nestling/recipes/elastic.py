@@ -7,7 +7,8 @@ interrupted job goes on where it was. Extraction needs the family alone: no data
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from transformers import PreTrainedModel
 
 from nestling import evaluate, hub, processes
 from nestling.anatomy import Anatomy
+from nestling.budget import Budget
 from nestling.elastic import WHOLE, ElasticSettings, Family, check, train
 from nestling.elastic.controls import random, uniform
+from nestling.elastic.timed import Latency
 from nestling.elastic.train import importance, make_plan
 from nestling.errors import TargetError
 from nestling.ranking import Ranking, rank
@@ -28,6 +31,10 @@ from nestling.recipes.source import Source, in_batches
 from nestling.report import write_report
 from nestling.report.human import count, size
 from nestling.report.members import in_text
+from nestling.search import Pricing, pick, reachable
+from nestling.search.latency import table
+from nestling.search.parts import Work
+from nestling.search.timing import PROBES
 from nestling.shape import Shape
 from nestling.surgery import prune
 from nestling.train import documented
@@ -46,8 +53,9 @@ class ElasticTrain(CalibrationSettings):
         layers: Importance of layers: kl, block_influence, perplexity or output_error.
         train: Settings of the training.
         evaluation_tokens: Tokens of the validation part on which members are measured; 0 for none.
-        compare: Random shapes that the learned ones are compared with before any training, beside uniform scaling; 0
-            for neither.
+        compare: Random shapes that the learned ones are compared with before any training, beside uniform scaling and
+            what `search` finds; 0 for none of them.
+        latency_context: Tokens in the cache before the one whose latency is measured, for budgets of it.
         overwrite: Start anew even if the run folder holds a run.
     """
 
@@ -59,6 +67,7 @@ class ElasticTrain(CalibrationSettings):
     train: ElasticSettings = field(default_factory=ElasticSettings)
     evaluation_tokens: int = 8192
     compare: int = 2
+    latency_context: int = 512
     overwrite: bool = False
 
 
@@ -69,20 +78,21 @@ def elastic_train(settings: ElasticTrain) -> dict[str, Any]:
     """
     names = budgets(settings.to)
     source = Source.open(settings)
-    check(Anatomy.of(source.model), names, settings.train)
+    latency = _latency(source, names, settings)
+    check(Anatomy.of(source.model), names, settings.train, latency)
     run = Run("elastic train", settings, settings.out, settings.overwrite)
     stages = Stages(4)
     with stages("rank every axis on calibration text"):
         ranking = run.stage("ranking.safetensors", lambda: _rank(source, settings), _save, Ranking.load)
     with stages(f"train {len(names)} members and the parent together"):
         if not run.has("family"):
-            options: dict[str, Any] = {"ranking": ranking, "run_dir": run.folder}
+            options: dict[str, Any] = {"ranking": ranking, "run_dir": run.folder, "latency": latency}
             family = train(source.model, names, settings.data, source.tokenizer, settings.train, **options)
             processes.first(lambda: str(family.save(run.path("family"))))
         family = Family.load(run.path("family"), device=source.model.device)
     with stages("measure members, and compare their shapes"):
         losses = run.values("losses.json", lambda: _losses(family, settings))
-        shapes = run.values("shapes.json", lambda: _compared(family, ranking, settings))
+        shapes = run.values("shapes.json", lambda: _compared(family, ranking, settings, latency))
     with stages("write the report"):
         summary = run.values("summary.json", lambda: _summary(family, settings, losses, shapes))
         report = processes.first(lambda: str(write_report(run.folder)))
@@ -216,17 +226,42 @@ def _loss(model: PreTrainedModel, family: Family, settings: ElasticTrain) -> flo
     ).loss
 
 
-def _compared(family: Family, ranking: Ranking, settings: ElasticTrain) -> dict[str, Any]:
-    """Losses of the original model cut to the learned shapes, to uniform ones and to random ones, without training."""
+def _latency(source: Source, names: list[str], settings: ElasticTrain) -> Latency | None:
+    """Milliseconds of a form on this machine, measured now or before, if any budget limits them."""
+    if not any(Budget.parse(name).timed for name in names):
+        return None
+    anatomy, model = Anatomy.of(source.model), source.model
+    with bar("timing blocks, shapes", PROBES) as advance:
+        times = table(anatomy, model.device, model.dtype, Work(1, settings.latency_context), advance)
+    return partial(times.milliseconds, anatomy)
+
+
+def _searched(
+    source: Source, ranking: Ranking, name: str, settings: ElasticTrain, latency: Latency | None
+) -> list[Shape]:
+    """The shape that `search` takes for a budget, on a quarter of the calibration text; none if its grid has none."""
+    pricing = Pricing(Anatomy.of(source.model), settings.train.cost_context, 1, ranking, latency)
+    text = in_batches(source.calibration(replace(settings, generated=0.0), -(-settings.calibration_tokens // 4)))
+    try:
+        space = reachable(pricing, Budget.parse(name), tuple(listed(settings.train.axes)))
+        found = pick(source.model, ranking, space, text, progress=lambda what: console.print(f"    {what}"))
+    except TargetError:  # grids of a search are coarser, and end at half of each size
+        return []
+    return [found[0].shape]
+
+
+def _compared(family: Family, ranking: Ranking, settings: ElasticTrain, latency: Latency | None) -> dict[str, Any]:
+    """Losses of the original model cut to the learned shapes and to others of the same budget, without training."""
     if not settings.compare or not settings.evaluation_tokens:
         return {}
-    model = Source.open(settings).model
-    anatomy = Anatomy.of(model)
-    plan = make_plan(anatomy, importance(anatomy, ranking), list(family.entries), settings.train)
+    source = Source.open(settings)
+    model, anatomy = source.model, Anatomy.of(source.model)
+    plan = make_plan(anatomy, importance(anatomy, ranking), list(family.entries), settings.train, latency)
     result = {}
     for target in plan.targets:
         arms: dict[str, list[Shape]] = {
             "learned": [family.entry(target.name).shape],
+            "searched": _searched(source, ranking, target.name, settings, latency),
             "uniform": [uniform(plan.space, target)],
             "random": [random(plan.space, target, settings.seed + i) for i in range(settings.compare)],
         }

@@ -2,7 +2,7 @@
 
 from nestling.train.causal import CROSS_ENTROPY, CausalLM
 from nestling.train.divergences import DIVERGENCES, TopK, divergence, top_k
-from nestling.train.fit import fit
+from nestling.train.fit import fit, recompute, recomputes
 from nestling.train.learner import Learner, model_inputs, own_dtype
 from nestling.train.losses import IGNORE, Head, LogitLosses, Objective, logit_losses
 from nestling.train.rows import Rows, collate, rows_of
@@ -40,6 +40,8 @@ __all__ = [
     "logit_losses",
     "model_inputs",
     "own_dtype",
+    "recompute",
+    "recomputes",
     "rows_of",
     "split_batch",
     "top_k",

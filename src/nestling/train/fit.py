@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import noop_context_fn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
@@ -65,7 +66,7 @@ def fit(
         device = processes.device() or student.device
         split = split_batch(settings, row_tokens, device)
         arguments = training_arguments(settings, split, steps, folder / CHECKPOINTS, device)
-        with _placed(learner, settings, arguments.device), _recomputing(student, split.recompute):
+        with _placed(learner, settings, arguments.device), _recomputing(learner, split.recompute):
             trainer = LearnerTrainer(learner, args=arguments, train_dataset=rows, data_collator=collate(vocab))
             _train(trainer, settings, folder, run, checkpoint, callbacks)
             trainer.accelerator.free_memory()
@@ -165,15 +166,29 @@ def _move(model: nn.Module, where: torch.device | torch.dtype) -> None:
 
 
 @contextmanager
-def _recomputing(student: PreTrainedModel, wanted: bool) -> Iterator[None]:
+def _recomputing(learner: Learner, wanted: bool) -> Iterator[None]:
     """Let the student's layers drop their activations and compute them again for the backward pass."""
     if not wanted:
         yield
         return
-    names = ("activation_checkpointing", "gradient_checkpointing")  # the latter before transformers 5.22
-    name = next(name for name in names if hasattr(student, f"{name}_enable"))
-    getattr(student, f"{name}_enable")()
+    recompute(learner.student, learner.recomputed)
     try:
         yield
     finally:
-        getattr(student, f"{name}_disable")()
+        getattr(learner.student, f"{_recompute_name(learner.student)}_disable")()
+
+
+def recompute(model: PreTrainedModel, contexts: Callable[[], tuple[Any, Any]] = noop_context_fn) -> None:
+    """Let a model's layers recompute their activations; contexts: see `Learner.recomputed`."""
+    options = {"use_reentrant": False, "context_fn": contexts}
+    getattr(model, f"{_recompute_name(model)}_enable")(options)
+
+
+def recomputes(model: PreTrainedModel) -> bool:
+    """Whether a model's layers recompute their activations."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def _recompute_name(model: PreTrainedModel) -> str:
+    names = ("activation_checkpointing", "gradient_checkpointing")  # the latter before transformers 5.22
+    return next(name for name in names if hasattr(model, f"{name}_enable"))

@@ -9,6 +9,7 @@ checkpoint or gradient reduction.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -51,6 +52,10 @@ class Learner(nn.Module):
 
     def begin(self, step: int, steps: int) -> None:
         """Called before each optimizer step, numbered from 0: the place for schedules and for noise of (seed, step)."""
+
+    def recomputed(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """Contexts of a layer's forward pass and of that which recomputes it: the place to restore what hooks did."""
+        return nullcontext(), nullcontext()
 
     def forward(
         self,
