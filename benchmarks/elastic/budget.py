@@ -5,7 +5,9 @@ seeds, once with chances projected onto the budget (`nestling.elastic.target`) a
 2511.16664 and its released code: KD + |C(E[sizes]) / C_hat - 1|, no loss within 5 %, sizes by argmax at the end. Both
 have the same schedules, noise, data and steps. The error is of the exported member's parameters.
 
-    python benchmarks/elastic/budget.py [--seeds 0 1 2] [--steps 100]
+    python -m benchmarks.elastic.budget [--work runs/elastic-budget] [--seeds 0 1 2] [--steps 100]
+
+Parent and rows are kept in the work folder when they are done, so a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import nestling as nl
+from nestling import hub
 from nestling.data import train_tokenizer
 from nestling.elastic import ElasticLearner, ElasticSettings
 from nestling.elastic.router import gumbel, relaxed
@@ -79,20 +82,32 @@ class PlainLearner(ElasticLearner):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", default="runs/elastic-budget", help="folder for what is done")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    tokenizer = train_tokenizer(DATA, FIELDS["vocab_size"])
-    parent = build(architecture_config("dense-3m", FIELDS), tokenizer)
-    pretrain(parent, DATA, tokenizer, steps=150, learning_rate=3e-3, **ROWS)
-    rows = []
+    work, rows = Path(chosen.work), []
+    parent, tokenizer = made(work)
     for seed in chosen.seeds:
         for arm, kind in (("projected", ElasticLearner), ("plain", PlainLearner)):
-            rows += run(kind, arm, copy.deepcopy(parent), tokenizer, seed, chosen.steps)
+            path = work / f"{arm}-{seed}-{chosen.steps}.json"
+            if not path.exists():
+                path.write_text(json.dumps(run(kind, arm, copy.deepcopy(parent), tokenizer, seed, chosen.steps)))
+            rows += json.loads(path.read_text())
     show(rows)
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(record(rows, chosen.seeds, chosen.steps), indent=1) + "\n")
+
+
+def made(work: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The parent and its tokenizer, pretrained once."""
+    if not (work / "parent").exists():
+        tokenizer = train_tokenizer(DATA, FIELDS["vocab_size"])
+        parent = build(architecture_config("dense-3m", FIELDS), tokenizer)
+        pretrain(parent, DATA, tokenizer, steps=150, learning_rate=3e-3, **ROWS)
+        hub.save(parent, work / "parent", tokenizer)
+    return hub.load(work / "parent")
 
 
 def run(
@@ -136,7 +151,7 @@ def record(rows: list[dict[str, Any]], seeds: list[int], steps: int) -> dict[str
     missed = sum(error > DEAD_ZONE for error in errors["plain"])
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
-        "command": f"python benchmarks/elastic/budget.py --seeds {' '.join(map(str, seeds))} --steps {steps}",
+        "command": f"python -m benchmarks.elastic.budget --seeds {' '.join(map(str, seeds))} --steps {steps}",
         "commit": commit,
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "seeds": seeds,
