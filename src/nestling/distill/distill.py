@@ -9,7 +9,6 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from nestling import hub, processes
-from nestling.distill.blend import blended, unseen_rows, weights_of
 from nestling.distill.cache import Cache, teacher_cache
 from nestling.distill.correct import FOLDER, Together, corrected, leave
 from nestling.distill.pair import Pair
@@ -48,10 +47,7 @@ def distill(
         teacher = corrected(teacher, data, tokenizer, settings, run_dir, resume)
         set_seed(settings.seed)
     pair = _pair(student, teacher, settings)
-    start = weights_of(student) if settings.blend and isinstance(data, (str, Path)) and teacher is not None else None
     fit(pair, data, tokenizer, settings, run_dir, resume)
-    if start is not None and tokenizer is not None:
-        blended(pair, start, unseen_rows(pair, data, tokenizer, settings.context, settings.seed), run_dir)
     if run_dir is not None and settings.correction != "none":
         processes.first(lambda: _leave(pair, settings, Path(run_dir), tokenizer))
     return student

@@ -25,8 +25,6 @@ class DistillSettings(TrainSettings):
             run 96 steps.
         learning_rate: Peak of the learning rate.
         min_lr_ratio: Last learning rate, as a part of the peak; the decay is a cosine, to nothing unless given.
-        blend: Take the student on the way from where it began to where training ended that is best on text that was not
-            trained on, half of it the teacher's own. Only where data is the name of text and there is a teacher.
         loss: Divergence of the student's from the teacher's distribution: forward_kl, reverse_kl, jensen_shannon, mse,
             cosine or logit_mse.
         temperature: Of both softmaxes in that divergence; 1 did best in the paper.
@@ -54,7 +52,6 @@ class DistillSettings(TrainSettings):
     batch_size: int = 0
     learning_rate: float = 2e-4
     min_lr_ratio: float = 0.0
-    blend: bool = True
     loss: str = "forward_kl"
     temperature: float = 1.0
     scale_by_temperature: bool = False

@@ -154,7 +154,7 @@ class Parent:
         )
 
         def train(child: PreTrainedModel, tokens: int) -> PreTrainedModel:
-            how = replace(settings.distill, tokens=tokens, steps=None, correction="none", blend=False)
+            how = replace(settings.distill, tokens=tokens, steps=None, correction="none")
             return distill(child, self.model, settings.data, self.tokenizer, how)
 
         return Trial(train, token_loss(held_back), settings.trial_tokens)
