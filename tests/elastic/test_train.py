@@ -15,7 +15,7 @@ from nestling.elastic.learner import draw
 from nestling.elastic.router import Router, gumbel, relaxed
 from nestling.errors import NestlingError, TargetError
 from nestling.shape import Shape
-from nestling.train import LearnerTrainer, recomputes
+from nestling.train import LearnerTrainer, recomputes, split_batch
 from tests.elastic import worker
 from tests.elastic.toy import sorted_parent, space_of
 from tests.models import logits, random_ranking, tiny, token_batches
@@ -155,6 +155,13 @@ def test_masks_are_the_chances_or_their_likeliest_choice():
         assert put.tolist() == [[0.0, 1.0, 0.0]]
         (put * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
         assert chances["a"].grad[0].tolist() == pytest.approx(slopes)
+
+
+def test_the_second_stage_has_as_many_tokens_a_step_in_fewer_sequences():
+    first = ElasticSettings(context=32, batch_size=8, micro_batch_size=4, long_context=128, long_tokens=512)
+    second = first.second()
+    assert (second.context, second.batch_size, second.total_steps(128)) == (128, 2, 2)
+    assert split_batch(second, 128, torch.device("cpu")).rows == 2
 
 
 def test_what_cannot_be_is_refused_before_any_work():

@@ -113,6 +113,7 @@ class ElasticSettings(TrainSettings):
             tokens=self.long_tokens,
             steps=None,
             batch_size=self.long_batch_size or max(1, self.batch_size * self.context // self.long_context),
+            micro_batch_size=0,  # that of short sequences neither fits nor divides
             weights=self.long_weights or self.weights,
             routing=0.0,
             long_context=0,
