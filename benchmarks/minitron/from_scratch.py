@@ -38,7 +38,7 @@ LOSSES = {"KD": {}, "plain": {"kd_weight": 0.0, "ce_weight": 1.0}}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="tokens of runs from scratch")
+    parser.add_argument("--lengths", nargs="*", type=int, default=LENGTHS, help="tokens of runs from scratch")
     chosen, record = parser.parse_args(), Record("minitron", "from_scratch")
     for seed in chosen.seeds:
         run(record, Ground(seed), chosen.lengths)
@@ -101,20 +101,21 @@ def family_cost(record: Record, seed: int) -> float:
 
 def claims(record: Record) -> dict[str, Row]:
     """Over the seeds that are whole."""
-    seeds = sorted({row["seed"] for row in record.rows if (row["shape"], row["arm"]) == (HALF, "scratch")})
+    seeds = sorted({row["seed"] for row in record.rows if (row["shape"], row["arm"]) == (MORE, KD)})
+    whole = sorted({row["seed"] for row in record.rows if (row["shape"], row["arm"]) == (HALF, "scratch")})
 
     def gap(worse: tuple[str, str], better: tuple[str, str]) -> list[float]:
         where = [{"shape": shape, "arm": arm, "tokens": DISTILLED} for shape, arm in (worse, better)]
         pairs = [[record.find(seed=seed, **key)["loss"] for key in where] for seed in seeds]
         return [one - other for one, other in pairs]
 
-    factors = [tokens_to_equal_loss(record, seed) for seed in seeds]
+    factors = [tokens_to_equal_loss(record, seed) for seed in whole]
     read_off = "read off between two runs" if all(found for _, found in factors) else "a bound: not bracketed"
     what = f"parent of 0.66 M parameters and {PARENT_TOKENS:,} tokens, child of about half, {DISTILLED:,} tokens"
     return {
         "tokens_to_equal_loss": claim(
             [tokens / DISTILLED for tokens, _ in factors],
-            seeds,
+            whole,
             f"tokens from scratch over tokens of distillation at equal held-out loss ({what}; {read_off})",
             "x",
             40.0,

@@ -2,7 +2,7 @@
 
 One of six layers off, or three. The divergence of the logits (forward and reverse KL, MSE, cosine), the text's
 cross-entropy beside the KL, and intermediate states beside it: embedding and output of the layers that the default
-pairs, and of a pair that does not belong together (the teacher's second layer with the student's last).
+pairs, and of a pair that does not belong together (the teacher's first layer with the student's last but one).
 
     python -m benchmarks.minitron.losses [--seeds 0 1] [--tokens 16384]
 """
@@ -27,7 +27,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "cosine": {"loss": "cosine"},
     "KLD + text": {"ce_weight": 1.0},
     "KLD + embedding + output": {"states": STATES},
-    "KLD + embedding + output, wrong pair": {"states": STATES, "layer_map": "1:{last}"},
+    "KLD + embedding + output, wrong pair": {"states": STATES, "layer_map": "0:{last}"},
 }
 
 
@@ -46,7 +46,7 @@ def main() -> None:
                 how = {
                     **settings,
                     "learning_rate": RATES[cut],
-                    "layer_map": settings.get("layer_map", "").format(last=layers - 1),
+                    "layer_map": settings.get("layer_map", "").format(last=layers - 2),
                 }
                 key = {"seed": seed, "cut": cut, "arm": arm}
                 record.row(key, lambda p=pruned, g=ground, h=how: {"loss": g.loss(g.trained(p, chosen.tokens, **h))})

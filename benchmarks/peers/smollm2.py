@@ -32,7 +32,8 @@ from nestling import data, evaluate
 from nestling.surgery.repair import Repair
 
 MODEL = "builtin:smollm2-135m-instruct"
-CONTEXT, CALIBRATION_TOKENS, EVALUATION_TOKENS, LEAVE_OUT_TOKENS = 256, 4096, 1024, 512
+CONTEXT, CALIBRATION_TOKENS, EVALUATION_TOKENS = 256, 4096, 512
+GRADIENT_ROWS = 8  # of the 16 of calibration text, which is over three times as much as LLM-Pruner takes
 FFN, DEPTH = "intermediate_size", "num_hidden_layers"
 BUDGETS = {
     "FFN 25 % off": nl.Shape(intermediate_size=1152),
@@ -40,13 +41,7 @@ BUDGETS = {
     "4 layers off": nl.Shape(num_hidden_layers=26),
     "6 layers off": nl.Shape(num_hidden_layers=24),
 }
-CRITERIA = {  # of neurons: arm -> metric
-    "LLM-Pruner, Taylor of a group": "taylor",
-    "Wanda, summed over columns": "wanda",
-    "FLAP, without its bias": "flap",
-    "magnitude": "magnitude",
-    "random": "random",
-}
+CRITERIA = {"Wanda, summed over columns": "wanda", "FLAP, without its bias": "flap"}  # of neurons: arm -> metric
 OURS = "nestling"
 Build = Callable[[], PreTrainedModel]
 
@@ -104,22 +99,21 @@ class Peers:
                 lambda: self.by_package(shape, tp.importance.GroupMagnitudeImportance()),
             )
             yield (
-                "Torch-Pruning, Taylor",
+                "Torch-Pruning, Taylor (LLM-Pruner)",
                 package,
                 lambda: self.by_package(shape, tp.importance.GroupTaylorImportance(), True),
             )
             for arm, metric in CRITERIA.items():
                 yield arm, "criterion", lambda metric=metric: self.by_criterion(shape, self.neurons(metric))
+            yield "nestling, cut alone", "same text", lambda: nl.prune(self.parent, self.layers(), shape)
         else:
             layers = self.parent.config.num_hidden_layers - shape[DEPTH]
             for arm, scores in {
                 "ShortGPT, block influence": lambda: self.layers(),
                 "neighbouring layers, by influence": lambda: self.layers(layer_block=layers),
-                "Shortened LLaMA, perplexity": lambda: self.layers(layers="perplexity", few=True),
                 "random, ends kept": self.random_layers,
             }.items():
                 yield arm, "criterion", lambda scores=scores: self.by_criterion(shape, scores())
-        yield "nestling, cut alone", "same text", lambda: nl.prune(self.parent, self.own_ranking, shape)
         yield OURS, "default, repaired", lambda: nl.prune(self.parent, self.mixed_ranking, shape, repair=self.repair)
 
     def by_criterion(self, shape: nl.Shape, ranking: nl.Ranking) -> PreTrainedModel:
@@ -143,11 +137,10 @@ class Peers:
 
     @cached_property
     def gradients(self) -> dict[str, Tensor]:
-        """Of the loss on all calibration text, for every weight."""
+        """Of the loss on half of the calibration text, for every weight: LLM-Pruner's criterion sums |w dL/dw|."""
         self.parent.requires_grad_(True)
-        for batch in self.batches:
-            for row in batch["input_ids"].split(1):
-                self.parent(row, labels=row, use_cache=False).loss.backward()
+        for row in torch.cat([batch["input_ids"] for batch in self.batches])[:GRADIENT_ROWS].split(1):
+            self.parent(row, labels=row, use_cache=False).loss.backward()
         found = {name: p.grad for name, p in self.parent.named_parameters()}
         self.parent.zero_grad(set_to_none=True)
         self.parent.requires_grad_(False)
@@ -159,18 +152,13 @@ class Peers:
         return nl.rank(self.parent, self.batches, metric={FFN: metric})
 
     @cache  # noqa: B019
-    def layers(self, few: bool = False, **how: Any) -> nl.Ranking:
-        batches = [{"input_ids": self.batches[0]["input_ids"][: LEAVE_OUT_TOKENS // CONTEXT]}] if few else self.batches
-        return nl.rank(self.parent, batches, **how)
+    def layers(self, **how: Any) -> nl.Ranking:
+        return nl.rank(self.parent, self.batches, **how)
 
     def random_layers(self) -> nl.Ranking:
         scores = torch.rand(self.parent.config.num_hidden_layers, generator=torch.Generator().manual_seed(self.seed))
         scores[[0, -1]] = 2.0
         return nl.Ranking({**self.layers().scores, DEPTH: scores})
-
-    @property
-    def own_ranking(self) -> nl.Ranking:
-        return self.layers()
 
     @cached_property
     def mixed(self) -> list[dict[str, Tensor]]:

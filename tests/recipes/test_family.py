@@ -49,9 +49,9 @@ def test_members_keep_their_budgets_and_stand_in_one_table(origin, place, brief,
 def test_what_is_shared_is_made_once(place, brief, capsys):
     run(capsys, *FAMILY)
     kept = files(place / "run")
-    assert {"calibration.safetensors", "ranking.safetensors", "evaluation-parent.json"} <= kept
+    assert {"calibration.safetensors", "ranking.safetensors", "evaluation-parent.json", "losses.json"} <= kept
     inside = {name.rsplit("/", 1)[-1] for name in kept if name.startswith("members/")}
-    assert not inside & {"calibration.safetensors", "ranking.safetensors", "evaluation-parent.json"}
+    assert not inside & {"calibration.safetensors", "ranking.safetensors", "evaluation-parent.json", "losses.json"}
 
 
 def test_a_member_is_what_compress_makes(place, brief, capsys):

@@ -128,6 +128,7 @@ class Parent:
         how = self.settings.distill
         if how.correction != "first":
             return self.model
+        console.print("    the teacher, corrected on the text")
         return corrected(self.model, self.settings.data, self.tokenizer, how, self.run.folder)
 
     def taught(self) -> None:
@@ -222,9 +223,9 @@ class Origin:
     def repair(self) -> Repair | None:
         return Repair(self.model, in_batches(self.parent.text)) if self.parent.settings.repair else None
 
-    def search(self, target: Target, run: Run) -> list[Candidate]:
-        """Candidates for a target, best first; what was measured is kept in `run`."""
-        parent, losses = self.parent, KeptFigures(run.path("losses.json"))
+    def search(self, target: Target) -> list[Candidate]:
+        """Candidates for a target, best first; what is measured serves every target and is kept."""
+        parent, losses = self.parent, KeptFigures(self.run.path("losses.json"))
         ground = Ground(self.model, parent.settings, self.ranking, parent.text, self.repair, losses, parent.trial())
         return ground.candidates(target)
 
@@ -248,7 +249,7 @@ class Child:
     def search(self, target: Target) -> Shape:
         """The best shape for a target; its candidates are kept."""
         self.candidates = self.run.values(
-            "candidates.json", lambda: [candidate.to_dict() for candidate in self.origin.search(target, self.run)]
+            "candidates.json", lambda: [candidate.to_dict() for candidate in self.origin.search(target)]
         )
         self.shape = Shape(**self.candidates[0]["shape"])
         if word := kernel_word(Anatomy.of(self.origin.model), self.shape):

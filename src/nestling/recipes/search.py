@@ -67,7 +67,7 @@ def search(settings: SearchSettings) -> dict[str, Any]:
     with stages("rank every axis on calibration text" if given is None else "take the given ranking"):
         origin.ranking  # noqa: B018  made now, used by the search
     with stages(f"search a shape for {target}"):
-        found = origin.search(target, run)
+        found = origin.search(target)
     summary = run.values("summary.json", lambda: _summary(parent, origin, settings, found))
     shape = file if file.suffix == ".json" else run.path("shape.json")
     write_atomically(shape, found[0].shape.save)
