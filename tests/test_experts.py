@@ -97,6 +97,20 @@ def test_values_and_gradients_are_those_of_a_loop(kind, routing):
         torch.testing.assert_close(experts_forward(module, hidden, index, weights), expected[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows_on_larger_matrices_have_the_same_gradients(kind):
+    """As members of an elastic family hold them."""
+    module, index = Module(**KINDS[kind]), ROUTINGS["uneven"]()
+    hidden, weights = torch.randn(len(index), HIDDEN).double(), torch.rand(index.shape).double()
+    expected = grads(experts_forward, module, hidden, index, weights)
+    for name, parameter in list(module.named_parameters()):
+        larger = torch.nn.functional.pad(parameter.detach(), (0, 2, 0, 3))
+        window = larger[:, : parameter.shape[1], : parameter.shape[2]] if parameter.dim() == 3 else parameter.detach()
+        setattr(module, name, nn.Parameter(window))
+        assert parameter.dim() < 3 or not getattr(module, name).is_contiguous()
+    torch.testing.assert_close(grads(experts_forward, module, hidden, index, weights), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_a_wrong_gradient_would_show():
     module, index = Module(), ROUTINGS["even"]()
     hidden, weights = torch.randn(40, HIDDEN).double(), torch.rand(40, 3).double()

@@ -211,11 +211,13 @@ def _product(layout: Plan, rows: Tensor, matrices: Tensor, out: Tensor) -> Tenso
 def _outer(layout: Plan, left: Tensor, right: Tensor, like: Tensor) -> Tensor:
     """Sums of outer products over each expert's rows: `[rows, a]`, `[rows, b]` -> `[experts, a, b]`.
 
-    like: the matrices that it is the gradient of; the result lies in memory as they do, so that autograd keeps it.
+    like: the matrices that it is the gradient of; the result lies in memory as they do, so that autograd keeps it,
+    unless they are a window on larger ones.
     """
-    if not like.is_contiguous():
-        return _outer(layout, right, left, like.transpose(1, 2)).transpose(1, 2)
-    out = torch.empty_like(like)
+    turned = like.transpose(1, 2)
+    if turned.is_contiguous() and not like.is_contiguous():
+        return _outer(layout, right, left, turned).transpose(1, 2)
+    out = like.new_empty(like.shape)
     for pair, a, b in zip(layout.pairs, layout.split(left), layout.split(right), strict=True):
         torch.bmm(a.transpose(1, 2), b, out=out[pair])
     return out

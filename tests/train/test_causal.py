@@ -29,3 +29,10 @@ def test_one_batch_can_be_learned_by_heart():
     before = model(**batch[0], labels=batch[0]["input_ids"]).loss
     fit(CausalLM(model), batch, None, TrainSettings(steps=40, batch_size=4, learning_rate=1e-2))
     assert model(**batch[0], labels=batch[0]["input_ids"]).loss < 0.5 * before
+
+
+def test_the_last_step_learns_too():
+    model, batch = tiny("llama-tied", dtype=torch.float32), token_batches(1, batch=4, seq=10)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    fit(CausalLM(model), batch, None, TrainSettings(steps=1, batch_size=4, learning_rate=1e-2, min_lr_ratio=0.0))
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

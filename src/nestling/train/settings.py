@@ -7,6 +7,7 @@ described once and all of them show in `--help`. Knows nothing of losses or data
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class TrainSettings:
             0 takes as many as fit a size that suits the device.
         context: Tokens per sequence, for data that is text.
         learning_rate: Peak of the learning rate.
-        min_lr_ratio: Last learning rate, as a part of the peak; the decay is a cosine.
+        min_lr_ratio: Least learning rate, as a part of the peak; the decay is a cosine whose last step still learns.
         warmup: Part of the steps in which the learning rate rises to its peak.
         weight_decay: AdamW's weight decay.
         beta1: AdamW's first beta.
@@ -145,7 +146,7 @@ def training_arguments(
         gradient_accumulation_steps=split.accumulate,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine_warmup_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": settings.min_lr_ratio},
+        lr_scheduler_kwargs={"min_lr_rate": max(settings.min_lr_ratio, _last_rate(steps))},
         warmup_steps=int(settings.warmup * steps),
         weight_decay=settings.weight_decay,
         adam_beta1=settings.beta1,
@@ -179,6 +180,11 @@ def documented(settings: Settings) -> Settings:
     kept = [text for text in inherited if f"\n{text.partition(':')[0]}:" not in f"\n{fields}"]
     settings.__doc__ = "\n".join([f"{own}Args:", *kept, fields])
     return settings
+
+
+def _last_rate(steps: int) -> float:
+    """What a cosine that comes to nothing after the last step leaves for it, as a part of the peak."""
+    return 0.5 * (1 - math.cos(math.pi / (steps + 1)))
 
 
 def _divisors(number: int) -> list[int]:
