@@ -5,7 +5,7 @@ PYTHON ?= python3
 
 demo:
 	$(PYTHON) -m nestling.cli compress builtin:smollm2-135m-instruct --to 100M --out runs/demo \
-		--distill.tokens 12000 --calibration_tokens 4096 --evaluation_tokens 4096
+		--distill.tokens 20000 --calibration_tokens 4096 --evaluation_tokens 4096
 
 test: lint
 	$(PYTHON) -m pytest -n 2
