@@ -4,11 +4,17 @@ Letters: `experts` of a layer, `neuron` inside an expert. Neurons are chosen exp
 since all experts of a layer are one tensor.
 """
 
-from nestling.anatomy.declare import Axis
+from nestling.anatomy.declare import Axis, Config
 
 EXPERTS = {
     "experts.gate_up_proj": "experts (neuron + neuron) hidden",
     "experts.down_proj": "experts hidden neuron",
+}
+
+# The expert that all tokens of a Granite mixture share.
+SHARED_MLP = {
+    "shared_mlp.input_linear.weight": "(ffn + ffn) hidden",
+    "shared_mlp.output_linear.weight": "hidden ffn",
 }
 
 
@@ -28,3 +34,8 @@ def expert_axes(experts: str, width: str, at: str = "mlp", groups: tuple[str, ..
 def routed_tensors(at: str = "mlp", router: str = "gate") -> dict[str, str]:
     """The tensors of a block of gated experts."""
     return {f"{at}.{router}.weight": "experts hidden"} | {f"{at}.{name}": spec for name, spec in EXPERTS.items()}
+
+
+def is_sparse(config: Config, layer: int) -> bool:
+    """Whether a Qwen layer has experts: unless it is listed as dense or the sparse step passes it over."""
+    return layer not in (config.mlp_only_layers or []) and (layer + 1) % config.decoder_sparse_step == 0

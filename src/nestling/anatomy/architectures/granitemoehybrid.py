@@ -15,7 +15,7 @@ from nestling.anatomy.architectures._hybrid import (
     STATE,
     STRIDES,
 )
-from nestling.anatomy.architectures._moe import expert_axes, routed_tensors
+from nestling.anatomy.architectures._moe import SHARED_MLP, expert_axes, routed_tensors
 from nestling.anatomy.declare import Architecture, Config, Routed, register
 
 
@@ -47,10 +47,7 @@ register(
             "attention": ATTENTION,
             "mamba": MIXER,
             "moe": routed_tensors("block_sparse_moe", "router"),
-            "mlp": {
-                "shared_mlp.input_linear.weight": "(ffn + ffn) hidden",
-                "shared_mlp.output_linear.weight": "hidden ffn",
-            },
+            "mlp": SHARED_MLP,
         },
         layer_blocks=blocks,
         routed=Routed("block_sparse_moe.router", "block_sparse_moe.experts"),

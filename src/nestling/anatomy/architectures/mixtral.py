@@ -16,7 +16,7 @@ from nestling.anatomy.architectures._dense import (
     SIZES,
     axes,
 )
-from nestling.anatomy.architectures._moe import expert_axes, routed_tensors
+from nestling.anatomy.architectures._moe import SHARED_MLP, expert_axes, is_sparse, routed_tensors
 from nestling.anatomy.architectures.qwen import HEAD_NORMS
 from nestling.anatomy.declare import Architecture, Axis, Config, Routed, register
 
@@ -78,10 +78,7 @@ register(
         blocks={
             "attention": ATTENTION | ATTENTION_BIAS,
             "moe": routed_tensors("block_sparse_moe", "router"),
-            "mlp": {
-                "shared_mlp.input_linear.weight": "(ffn + ffn) hidden",
-                "shared_mlp.output_linear.weight": "hidden ffn",
-            },
+            "mlp": SHARED_MLP,
             "norms": PRE_NORMS,
         },
         layer_blocks=granite_blocks,
@@ -94,9 +91,8 @@ register(
 
 
 def qwen3_blocks(config: Config, layer: int) -> tuple[str, ...]:
-    """A layer has experts unless it is listed as dense or the sparse step passes it over."""
-    sparse = layer not in (config.mlp_only_layers or []) and (layer + 1) % config.decoder_sparse_step == 0
-    return ("attention", "moe" if sparse else "mlp", "norms")
+    """Experts in sparse layers, an MLP in the others."""
+    return ("attention", "moe" if is_sparse(config, layer) else "mlp", "norms")
 
 
 register(

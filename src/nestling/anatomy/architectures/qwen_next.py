@@ -6,6 +6,8 @@ never cut, because queries are divided by the root of their number. In attention
 Paper: Gated DeltaNet, arXiv 2412.06464.
 """
 
+from typing import Any
+
 from nestling.anatomy.architectures._dense import (
     ATTENDS,
     ATTENTION,
@@ -17,7 +19,7 @@ from nestling.anatomy.architectures._dense import (
     SIZES,
     axes,
 )
-from nestling.anatomy.architectures._moe import expert_axes, routed_tensors
+from nestling.anatomy.architectures._moe import expert_axes, is_sparse, routed_tensors
 from nestling.anatomy.architectures.qwen import HEAD_NORMS
 from nestling.anatomy.declare import Architecture, Axis, Config, Routed, register
 
@@ -61,10 +63,18 @@ EXPERT_AXES = (
     *expert_axes("num_experts", "moe_intermediate_size"),
     Axis("shared", "shared_expert_intermediate_size", scored_at=("mlp.shared_expert.down_proj",), metric="relative"),
 )
-DELTA_SIZES = SIZES | {"dk": "linear_key_head_dim", "k": "linear_conv_kernel_dim"}
-STATE = {"delta": ("kh r dk v",)}
-RECENT = {"delta": ("kh dk k", "kh dk k", "kh r v k")}
-INNER_NORMS = ("linear_attn.norm",)
+# What all of them have alike. `attention` is empty because what their attention gives is gated.
+COMMON: dict[str, Any] = {
+    "sizes": SIZES | {"dk": "linear_key_head_dim", "k": "linear_conv_kernel_dim"},
+    "tensors": MODEL,
+    "kv_cache": KV_CACHE,
+    "attends": ATTENDS,
+    "attention": {},
+    "state": {"delta": ("kh r dk v",)},
+    "recent": {"delta": ("kh dk k", "kh dk k", "kh r v k")},
+    "inner_norms": ("linear_attn.norm",),
+    "keeps": ("attention",),
+}
 
 
 def mixer(config: Config, layer: int) -> str:
@@ -73,26 +83,17 @@ def mixer(config: Config, layer: int) -> str:
 
 
 def next_blocks(config: Config, layer: int) -> tuple[str, ...]:
-    """Qwen3-Next has experts in a layer unless it is listed as dense or the sparse step passes it over."""
-    sparse = layer not in (config.mlp_only_layers or []) and (layer + 1) % config.decoder_sparse_step == 0
-    return ("norms", mixer(config, layer), "moe" if config.num_experts and sparse else "mlp")
+    """Experts in sparse layers, if there are any."""
+    return ("norms", mixer(config, layer), "moe" if config.num_experts and is_sparse(config, layer) else "mlp")
 
 
 register(
     Architecture(
         model_type="qwen3_5_text",
         axes=(*axes("self_attn.q_proj", "mlp.gate_proj", "linear_attn.in_proj_qkv"), *DELTA_AXES),
-        sizes=DELTA_SIZES,
-        tensors=MODEL,
         blocks={"norms": PRE_NORMS, "attention": GATED, "delta": DELTA | APART, "mlp": MLP},
         layer_blocks=lambda config, layer: ("norms", mixer(config, layer), "mlp"),
-        kv_cache=KV_CACHE,
-        attends=ATTENDS,
-        attention={},  # what its attention gives is gated
-        state=STATE,
-        recent=RECENT,
-        inner_norms=INNER_NORMS,
-        keeps=("attention",),
+        **COMMON,
     )
 )
 
@@ -108,8 +109,6 @@ register(
             *DELTA_AXES,
             *EXPERT_AXES,
         ),
-        sizes=DELTA_SIZES,
-        tensors=MODEL,
         blocks={
             "norms": PRE_NORMS,
             "attention": GATED,
@@ -117,14 +116,8 @@ register(
             "moe": routed_tensors() | SHARED,
         },
         layer_blocks=lambda config, layer: ("norms", mixer(config, layer), "moe"),
-        kv_cache=KV_CACHE,
-        attends=ATTENDS,
-        attention={},
         routed=Routed("mlp.gate", "mlp.experts"),
-        state=STATE,
-        recent=RECENT,
-        inner_norms=INNER_NORMS,
-        keeps=("attention",),
+        **COMMON,
     )
 )
 
@@ -136,8 +129,6 @@ register(
             *DELTA_AXES,
             *EXPERT_AXES,
         ),
-        sizes=DELTA_SIZES,
-        tensors=MODEL,
         blocks={
             "norms": PRE_NORMS,
             "attention": GATED,
@@ -146,15 +137,9 @@ register(
             "moe": routed_tensors() | SHARED,
         },
         layer_blocks=next_blocks,
-        kv_cache=KV_CACHE,
-        attends=ATTENDS,
-        attention={},
         routed=Routed("mlp.gate", "mlp.experts", post="norm_topk_prob"),
         listed_blocks={"mlp_only_layers": "mlp"},
         derived={"decoder_sparse_step": lambda config: 1},
-        state=STATE,
-        recent=RECENT,
-        inner_norms=INNER_NORMS,
-        keeps=("attention",),
+        **COMMON,
     )
 )
