@@ -1,14 +1,8 @@
-"""What the benchmarks of hybrids share: the trained parent of a seed, held-out loss, short distillation, the record."""
+"""What the benchmarks of hybrids share: the trained parent of a seed, held-out loss, short trainings, a wrong order."""
 
 from __future__ import annotations
 
 import copy
-import json
-import shlex
-import statistics
-import subprocess
-import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +11,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nestling import data, hub
 from nestling.distill import distill
-from nestling.pretrain import PretrainSettings
+from nestling.pretrain import PretrainSettings, build, pretrain
 from nestling.recipes.pretrain import PretrainVerb, pretrain_model
 from nestling.search import token_loss
 
 ARCHITECTURE = Path(__file__).parent / "parent.yaml"
-RESULTS = Path(__file__).parents[1] / "results/hybrid"
 TEXT = "builtin:stdlib"
 CONTEXT = 128
 PARENT_TOKENS = 450_000
+WORK = Path("runs/benchmarks/hybrid")
 
 
 def parent(seed: int, work: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The hybrid that is cut, trained here first unless `work` holds it."""
     folder = work / f"parent-{seed}"
     if not (folder / "model").exists():
-        training = PretrainSettings(
-            tokens=PARENT_TOKENS,
-            context=CONTEXT,
-            batch_size=8,
-            micro_batch_size=8,
-            learning_rate=4e-3,
-            log_every=10,
-            seed=seed,
-        )
         pretrain_model(
             PretrainVerb(
                 str(ARCHITECTURE),
@@ -48,12 +33,25 @@ def parent(seed: int, work: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerB
                 out=str(folder),
                 vocab_size=512,
                 evaluation_tokens=16384,
-                train=training,
+                train=training(PARENT_TOKENS, seed),
             )
         )
     model, tokenizer = hub.load(folder / "model")
     assert tokenizer is not None, "a pretrained model has its tokenizer"
     return model.requires_grad_(False), tokenizer
+
+
+def training(tokens: int, seed: int) -> PretrainSettings:
+    """How the parent is trained, and models of its children's shapes from scratch."""
+    return PretrainSettings(
+        tokens=tokens,
+        context=CONTEXT,
+        batch_size=8,
+        micro_batch_size=8,
+        learning_rate=4e-3,
+        log_every=10,
+        seed=seed,
+    )
 
 
 class Ground:
@@ -64,7 +62,7 @@ class Ground:
         self.calibration = data.batches(TEXT, tokenizer, tokens=16384, **rows)
         self.loss = token_loss(data.batches(TEXT, tokenizer, tokens=held_out, split="validation", **rows))
         self._training = data.batches(TEXT, tokenizer, tokens=kd_tokens, **(rows | {"seed": seed + 100}))
-        self._seed = seed
+        self._tokenizer, self._seed = tokenizer, seed
 
     def distilled(self, child: PreTrainedModel, teacher: PreTrainedModel, tokens: int | None = None) -> float:
         """Held-out loss of a copy of the child after a short distillation, on all of the text unless given."""
@@ -73,6 +71,11 @@ class Ground:
         settings = {"batch_size": 8, "micro_batch_size": 8, "learning_rate": 1e-3, "seed": self._seed}
         distill(student, teacher, self._training, tokens=tokens, **settings)
         return self.loss(student)
+
+    def from_scratch(self, config: Any, tokens: int) -> PreTrainedModel:
+        """A model of fresh weights, trained on the text alone under a whole schedule."""
+        model = build(copy.deepcopy(config), self._tokenizer, self._seed)
+        return pretrain(model, TEXT, self._tokenizer, training(tokens, self._seed))
 
 
 def permuted(mixer: Any, heads: list[int]) -> None:
@@ -97,37 +100,3 @@ def permuted(mixer: Any, heads: list[int]) -> None:
 
 def _in_place(tensor: Tensor, values: Tensor) -> None:
     tensor.detach().copy_(values.clone())
-
-
-def claim(values: list[float], seeds: list[int], how: str, unit: str, paper: float | None = None) -> dict[str, Any]:
-    """A claim over seeds: their mean and range."""
-    return {
-        "value": round(statistics.mean(values), 4),
-        "spread": [round(min(values), 4), round(max(values), 4)],
-        "seeds": seeds,
-        "paper": paper,
-        "unit": unit,
-        "how": how,
-    }
-
-
-def write(name: str, rows: Any, claims: dict[str, Any], seeds: list[int]) -> Path:
-    """Record a benchmark under `benchmarks/results/hybrid/`."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    record = {
-        "command": shlex.join(["python", "benchmarks/hybrid/" + Path(sys.argv[0]).name, *_options(sys.argv[1:])]),
-        "commit": commit.stdout.strip(),
-        "versions": {package: version(package) for package in ("nestling", "torch", "transformers")},
-        "seeds": seeds,
-        "rows": rows,
-        "claims": claims,
-    }
-    path = RESULTS / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    return path
-
-
-def _options(arguments: list[str]) -> list[str]:
-    """The command's options without the folder that this machine keeps parents in."""
-    return [part for i, part in enumerate(arguments) if part != "--work" and arguments[i - 1 : i] != ["--work"]]

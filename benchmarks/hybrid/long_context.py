@@ -5,7 +5,7 @@ operations. Contexts are not read: a short prompt fills states and caches, and r
 put before its own. The attention-only model is a Llama with three query heads to a KV head. All run in one process,
 interleaved; a round times a few tokens of each.
 
-    python benchmarks/hybrid/long_context.py [--contexts 1024,8192,32768] [--rounds 5] [--tokens 8] [--profile]
+    python -m benchmarks.hybrid.long_context [--contexts 1024,8192,32768] [--rounds 5] [--tokens 8] [--profile]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from benchmarks.hybrid.common import claim, write
+from benchmarks.record import Record, claim
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, set_seed
@@ -68,11 +68,12 @@ def main() -> None:
     models = built()
     if chosen.profile:
         return profiled(models["child"])
-    rows = []
+    record = Record("hybrid", "long_context")
+    record.rows = []
     for context in map(int, chosen.contexts.split(",")):
-        rows += measured(models, context, chosen.rounds, chosen.tokens)
-        show(rows)
-    print(write("long_context", rows, claims(rows), [0]))
+        record.rows += measured(models, context, chosen.rounds, chosen.tokens)
+        show(record.rows)
+    record.save(claims(record.rows), seeds=[0])
 
 
 def built() -> dict[str, PreTrainedModel]:

@@ -4,7 +4,7 @@ A hybrid of 1 M parameters is trained on the standard library for each seed (kep
 in part distilled for 60,000 tokens. Losses are nats per token on text that neither parent nor children have seen. Every
 row is kept as soon as it is there, so a run that stops goes on after its last row.
 
-    python benchmarks/hybrid/pruning.py --seeds 0,1 [--work DIR]
+    python -m benchmarks.hybrid.pruning --seeds 0,1 [--work DIR]
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from benchmarks.hybrid.common import Ground, claim, parent, permuted, write
+from benchmarks.hybrid.common import WORK, Ground, parent, permuted
+from benchmarks.record import Record, claim
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, set_seed
@@ -52,14 +53,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--skip", default="", help="tables to leave out, with commas between")
-    parser.add_argument("--work", type=Path, default=Path("runs/benchmarks/hybrid"))
+    parser.add_argument("--work", type=Path, default=WORK)
     chosen = parser.parse_args()
     seeds = [int(seed) for seed in chosen.seeds.split(",")]
     tables = [name for name in TABLES if name not in chosen.skip.split(",")]
     found = {seed: measured(seed, chosen.work, tables) for seed in seeds}
-    rows = merged(found)
-    show(rows)
-    print(write("pruning", rows, claims(found), seeds))
+    record = Record("hybrid", "pruning")
+    record.rows = merged(found)
+    record.save(claims(found), seeds=seeds)
+    show(record.rows)
 
 
 def measured(seed: int, work: Path, tables: list[str]) -> dict[str, dict[str, Row]]:

@@ -5,7 +5,7 @@ of the neurons, half the parameters; the attention-only model is a Llama of the 
 interleaved. A training step is timed with the chunk that Nemotron-H's configs name, which is what transformers does by
 itself, and with the one that Nestling trains with.
 
-    python benchmarks/hybrid/speed.py [--prompt 4096] [--rounds 3]
+    python -m benchmarks.hybrid.speed [--prompt 4096] [--rounds 3]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from statistics import median
 
 import torch
-from benchmarks.hybrid.common import claim, write
+from benchmarks.record import Record, claim
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
@@ -66,14 +66,15 @@ def main() -> None:
     chosen = parser.parse_args()
     set_seed(0)
     models = built()
-    rows = [
+    record = Record("hybrid", "speed")
+    record.rows = [
         row
         for prompt in (SHORT, chosen.prompt)
         for row in decoded(models, prompt, chosen.rounds if prompt > SHORT else chosen.rounds + 2)
     ]
-    rows += [trained(models["parent"], chosen.rounds + 2)]
-    show(rows)
-    print(write("speed", rows, claims(rows, chosen.prompt), [0]))
+    record.rows += [trained(models["parent"], chosen.rounds + 2)]
+    record.save(claims(record.rows, chosen.prompt), seeds=[0])
+    show(record.rows)
 
 
 def built() -> dict[str, PreTrainedModel]:

@@ -12,12 +12,11 @@ it are read off between the last two, in log tokens. What is recorded already is
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 from benchmarks.minitron.common import PARENT_TOKENS, Ground
 from benchmarks.record import Record, Row, claim, show
+from benchmarks.scratch import reach, tokens_to
 from transformers import PreTrainedModel
 
 import nestling as nl
@@ -66,9 +65,7 @@ def run(record: Record, ground: Ground, lengths: Sequence[int]) -> None:
             note(name, KD, tokens, lambda p=pruned, n=tokens: child(ground, p, "pruned", "KD", n))
     config = nl.prune(ground.parent, ground.ranking, SHAPES[HALF]).config
     goal = record.find(seed=ground.seed, shape=HALF, arm=KD, tokens=DISTILLED)["loss"]
-    for tokens in lengths:
-        if note(HALF, "scratch", tokens, lambda n=tokens: ground.from_scratch(config, n))["loss"] <= goal:
-            break
+    reach(goal, lengths, lambda n: note(HALF, "scratch", n, lambda: ground.from_scratch(config, n))["loss"])
 
 
 def child(ground: Ground, pruned: PreTrainedModel, start: str, loss: str, tokens: int = DISTILLED) -> PreTrainedModel:
@@ -80,12 +77,7 @@ def tokens_to_equal_loss(record: Record, seed: int) -> tuple[float, bool]:
     """Tokens from scratch that reach the distilled half's loss, interpolated in log tokens; whether they did."""
     goal = record.find(seed=seed, shape=HALF, arm=KD, tokens=DISTILLED)["loss"]
     same = {"seed": seed, "shape": HALF, "arm": "scratch"}
-    runs = sorted((row["tokens"], row["loss"]) for row in record.rows if same.items() <= row.items())
-    for (few, before), (many, after) in pairwise(runs):
-        if after <= goal < before:
-            part = (before - goal) / (before - after)
-            return math.exp(math.log(few) + part * (math.log(many) - math.log(few))), True
-    return float(runs[-1][0] if runs[-1][1] > goal else runs[0][0]), False
+    return tokens_to(goal, [(row["tokens"], row["loss"]) for row in record.rows if same.items() <= row.items()])
 
 
 def family_cost(record: Record, seed: int) -> float:
