@@ -46,6 +46,18 @@ HYBRID = {
     "chunk_size": 5,
 }
 
+SHARING = {
+    "num_hidden_layers": 5,
+    "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid", "hybrid"],
+    "n_mamba_heads": 12,
+    "mamba_headdim": 8,
+    "mamba_expand": 2,
+    "mamba_d_state": 6,
+    "mamba_ngroups": 2,
+    "chunk_size": 5,
+    "adapter_rank": 5,
+    "tie_word_embeddings": True,
+}
 DELTA = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
     "head_dim": 16,
@@ -164,6 +176,11 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         DELTA | EXPERTS | {"shared_expert_intermediate_size": 11, "mlp_only_layers": [1]},
     ),
     "qwen3_5_moe_text": ("qwen3_5_moe_text", DELTA | EXPERTS | {"shared_expert_intermediate_size": 11}),
+    "zamba2": (
+        "zamba2",
+        SHARING | {"num_key_value_heads": 6, "use_shared_attention_adapter": True, "use_mem_rope": True},
+    ),
+    "zamba2-two": ("zamba2", SHARING | {"num_mem_blocks": 2, "add_bias_linear": True}),
     "mixtral": ("mixtral", LOCAL_EXPERTS | {"head_dim": 12}),
     "qwen3_moe": ("qwen3_moe", EXPERTS | {"norm_topk_prob": True, "mlp_only_layers": [1]}),
     "qwen3_moe-pre": ("qwen3_moe", EXPERTS | {"decoder_sparse_step": 2, "tie_word_embeddings": True}),
@@ -174,6 +191,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "deepseek_v3": ("deepseek_v3", LATENT | {"q_lora_rank": None}),
     "deepseek_v3-latent": ("deepseek_v3", LATENT | {"q_lora_rank": 20, "n_group": 1, "num_experts_per_tok": 3}),
 }
+SHARED = ("zamba2", "zamba2-two")  # layers that share tensors
 HYBRID_MOE = ("nemotron_h-moe", "nemotron_h-latent", "granitemoehybrid-moe", "qwen3_next", "qwen3_5_moe_text")
 GRANITE_MOE = ("granitemoe", "granitemoeshared")
 MOE = ("mixtral", "qwen3_moe", "qwen3_moe-pre", "olmoe", *GRANITE_MOE, "gpt_oss", "deepseek_v3", "deepseek_v3-latent")
@@ -253,6 +271,8 @@ def cuts(variant: str) -> list[dict]:
             {"num_hidden_layers": 3, "state_size": [3, 5, 4], "hidden_size": 32, "num_heads": 8, "head_dim": 4},
             {"num_hidden_layers": 2, "state_size": 5, "hidden_size": 24, "num_heads": 6},
         ]
+    if variant in SHARED:
+        return zamba2_cuts(variant)
     if variant in MOE:
         return moe_cuts(variant)
     if variant in HYBRID_MOE:
@@ -271,6 +291,24 @@ def cuts(variant: str) -> list[dict]:
         {"num_hidden_layers": 3, ffn: [10, 20, 30], "hidden_size": 36} | heads | some,
         {"num_hidden_layers": 2, ffn: 12, "hidden_size": 24, "num_key_value_heads": 1} | few,
         *({field: size} for field, size in some.items() if size != 6 or field in few),
+    ]
+
+
+def zamba2_cuts(variant: str) -> list[dict]:
+    """As `cuts`, for layers that share transformer blocks; with adapters in attention its heads go with the width."""
+    alone = variant == "zamba2"
+    fewer = {"hidden_size": 32, "num_attention_heads": 4} | ({"num_key_value_heads": 4} if alone else {})
+    return [
+        {"intermediate_size": 30},
+        fewer,
+        {"n_mamba_heads": 6},
+        {"mamba_headdim": 4},
+        {"num_hidden_layers": 4},
+        {"mamba_d_state": 4},
+        {"num_hidden_layers": 4, "intermediate_size": 20, "mamba_d_state": 4, "n_mamba_heads": 8, "mamba_headdim": 8}
+        | fewer,
+        {"num_hidden_layers": 2, "intermediate_size": 12, "mamba_headdim": 4},
+        *([] if alone else [{"num_attention_heads": 4}, {"num_key_value_heads": 1}, {"hidden_size": 24}]),
     ]
 
 

@@ -81,9 +81,11 @@ def cost_of_form(
     known: dict[Any, _Counts] = {}
     for layer, sizes in zip(form.layers, form.sizes, strict=False):  # without layers, the sizes of one remain
         length = attended_length(anatomy, layer, context)
-        key = (anatomy.alike[layer], length, *sizes.items())
+        copies = anatomy.sharing.is_copy(layer, form.layers)
+        key = (anatomy.alike[layer], length, copies, *sizes.items())
         if key not in known:
-            known[key] = _Counts.of(anatomy, anatomy.of_layer[layer], sizes, length)
+            there = [spec for spec in anatomy.of_layer[layer] if spec.use is None or spec.use in form.layers]
+            known[key] = _Counts.of(anatomy, there, sizes, length, copies)
         total = total + known[key]
     return Cost(
         params=total.params,
@@ -139,18 +141,28 @@ class _Counts:
         return _Counts(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
     @classmethod
-    def of(cls, anatomy: Anatomy, specs: Iterable[TensorSpec], sizes: Mapping[str, int], length: int) -> _Counts:
+    def of(
+        cls,
+        anatomy: Anatomy,
+        specs: Iterable[TensorSpec],
+        sizes: Mapping[str, int],
+        length: int,
+        copies: bool = False,
+    ) -> _Counts:
+        """copies: whether another layer has the weights of the shared block already."""
         made = anatomy.architecture
         params, active, matmul = 0, 0.0, 0.0
         for spec in specs:
             if made.routed is not None and made.routed.bias and spec.name.endswith(f".{made.routed.bias}"):
                 continue  # a buffer: set by the loads of the experts, not learned
-            tied_copy = anatomy.tied and spec.name == made.tied
+            shared_copy = copies and spec.block == anatomy.sharing.block
+            tied_copy = shared_copy or (anatomy.tied and spec.name == made.tied)
             count = math.prod(dimension.size(sizes) for dimension in spec.layout)
             used = count * share_used(anatomy, spec, sizes)
+            at_work = len(spec.layout) > 1 and spec.name != made.lookup and spec.computes
             params += 0 if tied_copy else count
             active += 0 if tied_copy else used
-            matmul += used if len(spec.layout) > 1 and spec.name != made.lookup else 0
+            matmul += used if at_work else 0
         blocks = {spec.block for spec in specs if spec.layer is not None and spec.block is not None}
         kv = length * sum(products_size(made.kv_cache.get(block, ()), sizes) for block in blocks)
         attention = length * sum(products_size(_one(made.attends.get(block)), sizes) for block in blocks)

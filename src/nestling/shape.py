@@ -209,6 +209,11 @@ def _kept_layers(anatomy: Anatomy, wanted: dict[str, Any], layers: Sequence[int]
             f"{anatomy.depth_field}={count} cannot be cut from {anatomy.num_layers} layers: give one number up to that"
         )
     kept = sorted(layers) if layers is not None else list(range(count))
+    if not anatomy.sharing.in_turn(kept):
+        raise ShapeError(
+            f"layers {kept} cannot stay alone: a {anatomy.architecture.model_type} takes its shared blocks in turn, "
+            f"so drop such layers from the end, or none"
+        )
     if len(kept) != count:
         raise ShapeError(f"{anatomy.depth_field}={count} but {len(kept)} layers were named: let the two agree")
     return kept

@@ -6,13 +6,13 @@ import torch
 from nestling.elastic.member import Blocks, Member, runs
 from nestling.surgery import prune
 from tests.elastic.toy import selected, sorted_parent
-from tests.models import VARIANTS, cuts, in_float64, logits, token_batches
+from tests.models import SHARED, VARIANTS, cuts, in_float64, logits, token_batches
 
 IDS = token_batches(1)[0]["input_ids"]
 EXACT = {"atol": 1e-10, "rtol": 1e-10}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in SHARED])
 def test_a_member_computes_what_the_cut_model_computes(variant):
     model, ranking = sorted_parent(variant)
     for shape in cuts(variant)[-2:]:

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 
 from nestling.anatomy import Anatomy
 from nestling.ranking import METRICS, metric, rank
-from tests.models import HYBRID_MOE, MOE, VARIANTS, tiny, token_batches
+from tests.models import HYBRID_MOE, MOE, SHARED, VARIANTS, tiny, token_batches
 
-# Those of routed experts are held against a naive loop in test_experts.py.
+# Routed experts are held against a naive loop in test_experts.py, shared layers against copies in test_shared.py.
 SHIPPED = sorted(set(METRICS) - {"random", "reap", "frequency", "gate"})
-UNROUTED = [name for name in VARIANTS if name not in (*MOE, *HYBRID_MOE)]
+UNROUTED = [name for name in VARIANTS if name not in (*MOE, *HYBRID_MOE, *SHARED)]
 
 
 @pytest.fixture

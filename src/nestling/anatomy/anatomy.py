@@ -22,17 +22,24 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from nestling.anatomy.bypass import bypassed
 from nestling.anatomy.declare import Architecture, Axis, architecture_of
 from nestling.anatomy.notation import Layout, parse
+from nestling.anatomy.sharing import USE, Sharing
 from nestling.errors import ShapeError, UnsupportedArchitecture
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor of the model: its full name, its layer (None for the model's own), block and layout."""
+    """A tensor of the model: its full name, its layer (None for the model's own), block and layout.
+
+    use: where layers share their tensors, the one layer that this tensor is for; None if it is for all of them.
+    pattern: the declared name of such a tensor, with `{use}` for the number of that layer among those that share.
+    """
 
     name: str
     layer: int | None
     block: str | None
     layout: Layout
+    use: int | None = None
+    pattern: str | None = None
 
     @property
     def module(self) -> str:
@@ -42,6 +49,11 @@ class TensorSpec:
     @property
     def letters(self) -> frozenset[str]:
         return frozenset().union(*(dimension.letters for dimension in self.layout))
+
+    @property
+    def computes(self) -> bool:
+        """Whether the tensor's own layer computes with it; what is for another layer only lies there."""
+        return self.use is None or self.use == self.layer
 
 
 @dataclass(frozen=True)
@@ -129,10 +141,37 @@ class Anatomy:
         return axis.letter in self._letters_in[layer]
 
     def by_importance(self, order: Iterable[int]) -> list[int]:
-        """Layers, most important first, with one of every block that must not die out (see `keeps`) at the front."""
+        """Layers, most important first, with those at the front that others cannot do without.
+
+        One of every block that must not die out (see `keeps`); and where layers take several shared sets in turn, all
+        of these, the first in front, so that those that stay still take them in turn.
+        """
         order = list(order)
+        if self.sharing.sets > 1:
+            return [*self.sharing.takers, *(i for i in order if i not in self.sharing.takers)]
         first = [next((i for i in order if block in self.blocks(i)), None) for block in self.architecture.keeps]
         return [*(i for i in dict.fromkeys(first) if i is not None), *(i for i in order if i not in first)]
+
+    def uses(self, axis: Axis, layer: int) -> tuple[int, ...]:
+        """The layers whose units of an axis are those of a layer, because they share the tensors they are in."""
+        return self.sharing.sharers(layer) if axis.letter in self._shared_letters else (layer,)
+
+    def home(self, axis: Axis, layer: int) -> int:
+        """The layer whose ranking says which units of an axis stay in a layer."""
+        return self.uses(axis, layer)[0]
+
+    @cached_property
+    def sharing(self) -> Sharing:
+        """Which layers share tensors."""
+        shared = self.architecture.shared
+        block = shared.block if shared else None
+        takers = tuple(layer for layer in range(self.num_layers) if block in self.blocks(layer))
+        return Sharing(block, takers, shared.count(self.config) if shared else 0, self.tied)
+
+    @cached_property
+    def _shared_letters(self) -> frozenset[str]:
+        block = self.architecture.shared.block if self.architecture.shared else None
+        return frozenset().union(*(spec.letters for spec in self.tensors.values() if block and spec.block == block))
 
     def blocks(self, layer: int) -> tuple[str, ...]:
         """The named groups of tensors that a layer is made of."""
@@ -235,25 +274,27 @@ class Anatomy:
         return sizes
 
     def _present(self, shapes: dict[str, tuple[int, ...]]) -> Iterator[TensorSpec]:
-        for name, spec, layer, block in self._declared():
+        for name, spec, layer, block, use in self._declared():
             optional = name.endswith("?")
-            name = name.removesuffix("?")
+            pattern = name.removesuffix("?")
+            name = pattern if use is None else self.sharing.named(pattern, use, range(self.num_layers))
             if name in shapes:
-                yield TensorSpec(name, layer, block, parse(spec))
+                yield TensorSpec(name, layer, block, parse(spec), use, None if use is None else pattern)
             elif not optional:
                 raise UnsupportedArchitecture(
                     f"this {self.architecture.model_type} model has no tensor '{name}', which its declaration names: "
                     f"mark it optional with '?' there or declare the variant as its own architecture"
                 )
 
-    def _declared(self) -> Iterator[tuple[str, str, int | None, str | None]]:
+    def _declared(self) -> Iterator[tuple[str, str, int | None, str | None, int | None]]:
         architecture = self.architecture
         for name, spec in architecture.tensors.items():
-            yield name, spec, None, None
+            yield name, spec, None, None, None
         for layer in range(self.num_layers):
             for block in self.blocks(layer):
                 for name, spec in architecture.blocks[block].items():
-                    yield f"{self.layer_path(layer)}.{name}", spec, layer, block
+                    for use in self.sharing.turns(layer) if USE in name else (None,):
+                        yield f"{self.layer_path(layer)}.{name}", spec, layer, block, use
 
     def _check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         unknown = [name for name in shapes if name not in self.tensors]

@@ -108,6 +108,19 @@ class Routed:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """Tensors that several layers use in turn: one set of them serves a layer here and another further on.
+
+    block: the block that they make up. count: how many sets there are. Layers with the block take the sets in turn, the
+    first one set 0, and so on around; sets are tied where the word embeddings are, otherwise every layer has its own. A
+    name with `{use}` in it stands for one tensor for each layer that uses the set, numbered among all with the block.
+    """
+
+    block: str
+    count: Callable[[Config], int]
+
+
+@dataclass(frozen=True)
 class Architecture:
     """What models of one `model_type` are made of.
 
@@ -137,6 +150,7 @@ class Architecture:
     mixture_kin: model_type of the mixture of experts whose other parts are this model's. dense_kin: the other way.
     shared_kin: that of the mixture which has an expert for all tokens too, its two tensors in the block `mlp`.
     routed: where layers with routed experts have their router and experts.
+    shared: the block whose tensors several layers use, if there is one.
     refuses: why a config is not possible although its class takes it, in a few words; None if it is.
     alike: width fields that have one value in all layers, because the model's own code needs it so.
     layer_arguments: what a layer's class takes after the config and the layer's number.
@@ -173,6 +187,7 @@ class Architecture:
     shared_kin: str | None = None
     dense_kin: str | None = None
     routed: Routed | None = None
+    shared: Shared | None = None
     refuses: Callable[[Config], str | None] | None = None
     alike: tuple[str, ...] = ()
     layer_arguments: Callable[[Config, int], tuple[Any, ...]] | None = None
@@ -184,8 +199,6 @@ class Architecture:
 
 
 ARCHITECTURES: dict[str, Architecture] = {}
-# Model types that cannot be declared, and why.
-REFUSED: dict[str, str] = {}
 
 
 def register(architecture: Architecture) -> Architecture:
@@ -197,8 +210,6 @@ def register(architecture: Architecture) -> Architecture:
 def architecture_of(config: Config) -> Architecture:
     """The declaration for a config. Raises `UnsupportedArchitecture` that names the type and what to declare."""
     name = getattr(config, "base_model_type", None) or getattr(config, "model_type", None)
-    if name in REFUSED:
-        raise UnsupportedArchitecture(f"architecture '{name}' cannot be cut: {REFUSED[name]}")
     if name not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise UnsupportedArchitecture(

@@ -26,7 +26,7 @@ from nestling.elastic.settings import ElasticSettings, listed
 from nestling.elastic.space import FLOORS, Space
 from nestling.elastic.target import Target, harden
 from nestling.elastic.timed import Latency
-from nestling.errors import TargetError
+from nestling.errors import TargetError, UnsupportedArchitecture
 from nestling.ranking import Ranking, rank
 from nestling.shape import Shape
 from nestling.surgery import reorder
@@ -81,9 +81,17 @@ def train(
 
 
 def check(anatomy: Anatomy, budgets: Sequence[str], settings: ElasticSettings, latency: Latency | None = None) -> None:
-    """Raises `TargetError` or `ShapeError` for budgets, axes or weights that cannot be had, before any work."""
+    """Raises `TargetError` or `ShapeError` for budgets, axes or weights that cannot be had, before any work.
+
+    `UnsupportedArchitecture` where layers share tensors.
+    """
     if not budgets or len(set(budgets)) < len(budgets):
         raise TargetError(f"the budgets {', '.join(budgets) or '(none)'} are not a list: give each budget once")
+    if anatomy.sharing.sets:
+        raise UnsupportedArchitecture(
+            f"the layers of a {anatomy.architecture.model_type} share tensors, which members of an elastic family "
+            f"cannot yet: make its models apart, with `nestling family`"
+        )
     settings.shares(len(budgets))
     plan = make_plan(anatomy, range(anatomy.num_layers), budgets, settings, latency)
     logits = {field: 0 * knob.sizes for field, knob in plan.space.knobs.items()}

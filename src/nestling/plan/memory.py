@@ -118,7 +118,7 @@ def _logits(student: Figures, teacher: Figures, tokens: int) -> int:
 def _by_layer(anatomy: Anatomy, place: Mapping[int, int]) -> dict[int, list[TensorSpec]]:
     found: dict[int, list[TensorSpec]] = {}
     for spec in anatomy.tensors.values():
-        if spec.layer is not None and spec.layer in place:
+        if spec.layer is not None and spec.layer in place and spec.computes:
             found.setdefault(place[spec.layer], []).append(spec)
     return found
 

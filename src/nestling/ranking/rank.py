@@ -110,11 +110,12 @@ def _aggregated(axis: Axis, text: str, over_batch: str | None, over_sequence: st
 
 
 def _combined(anatomy: Anatomy, field: str, measured: Measured) -> Scores:
-    """Per layer as measured; for an axis of the whole model the sum over layers."""
-    per_layer = measured.units[field]
-    if anatomy.axis(field).scope == "model":
+    """Per layer as measured, or the sum over the layers that share the units: all, for an axis of the whole model."""
+    axis, per_layer = anatomy.axis(field), measured.units[field]
+    if axis.scope == "model":
         return torch.stack([scores for scores in per_layer if len(scores)]).sum(0)
-    return tuple(per_layer)
+    uses = [anatomy.uses(axis, layer) for layer in range(anatomy.num_layers)]
+    return tuple(torch.stack([per_layer[use] for use in layers]).sum(0) for layers in uses)
 
 
 def _layer_scores(

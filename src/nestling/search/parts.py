@@ -74,7 +74,7 @@ def parts(anatomy: Anatomy) -> list[Part]:
 def _layer_parts(anatomy: Anatomy, layer: int) -> Iterator[Part]:
     blocks: dict[str, list[TensorSpec]] = {}
     for spec in anatomy.tensors.values():
-        if spec.layer == layer:
+        if spec.layer == layer and spec.computes:
             blocks.setdefault(str(spec.block), []).append(spec)
     kind = _kind(anatomy, layer)
     rest: list[TensorSpec] = []

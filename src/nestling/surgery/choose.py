@@ -30,8 +30,13 @@ class Selection:
     choices: tuple[dict[str, Choice], ...]
 
     def keeps(self, spec: TensorSpec) -> bool:
-        """Whether anything of a tensor stays: the tensors of dropped layers do not."""
-        return spec.layer is None or spec.layer in self.form.layers
+        """Whether anything of a tensor stays: the tensors of dropped layers, and those that are for them, do not."""
+        return all(layer is None or layer in self.form.layers for layer in (spec.layer, spec.use))
+
+    def copies(self, spec: TensorSpec) -> bool:
+        """Whether a tensor that stays is one that an earlier kept layer shares."""
+        sharing, layer = self.anatomy.sharing, spec.layer
+        return layer is not None and spec.block == sharing.block and sharing.is_copy(layer, self.form.layers)
 
     def index(self, spec: TensorSpec) -> tuple[LongTensor | None, ...]:
         """For each dimension of a tensor the elements that stay; None where all do. The layer must be a kept one.
@@ -119,7 +124,7 @@ def _choices(anatomy: Anatomy, ranking: Ranking, form: Form, position: int, asce
         if axis.field not in ranking.scores:
             _require_whole(anatomy, axis, layer, sizes)
         elif axis.scope == "model" or anatomy.has(axis, layer):
-            order = ranking.order(axis.field, None if axis.scope == "model" else layer)
+            order = ranking.order(axis.field, None if axis.scope == "model" else anatomy.home(axis, layer))
             choices[axis.letter] = _choose_units(anatomy, axis, order, choices, sizes[axis.letter], layer, ascending)
     return choices
 

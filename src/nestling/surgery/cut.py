@@ -90,7 +90,7 @@ def sliced(weights: Mapping[str, Tensor], selection: Selection) -> dict[str, Ten
     place = {layer: position for position, layer in enumerate(selection.form.layers)}
     result = {}
     for name, spec in selection.anatomy.tensors.items():
-        if spec.layer is None or spec.layer in place:
+        if selection.keeps(spec) and not selection.copies(spec):
             tensor = take(weights[name], selection.index(spec))
             result[renamed(selection.anatomy, spec, place)] = _rescaled(tensor, spec, selection)
     return result
@@ -141,9 +141,11 @@ def _moved(selection: Selection, letter: str, layer: int) -> Tensor:
 
 
 def renamed(anatomy: Anatomy, spec: TensorSpec, place: Mapping[int, int]) -> str:
+    """The name of a tensor in the child. place: the number that each kept layer gets."""
     if spec.layer is None:
         return spec.name
-    return anatomy.layer_path(place[spec.layer]) + spec.name.removeprefix(anatomy.layer_path(spec.layer))
+    name = spec.name if spec.pattern is None else anatomy.sharing.named(spec.pattern, cast(int, spec.use), list(place))
+    return anatomy.layer_path(place[spec.layer]) + name.removeprefix(anatomy.layer_path(spec.layer))
 
 
 def _rescaled(tensor: Tensor, spec: TensorSpec, selection: Selection) -> Tensor:

@@ -74,7 +74,7 @@ def _merged(
     anatomy, layer = selection.anatomy, spec.layer
     assert layer is not None
     choice = selection.choices[selection.form.layers.index(layer)][axis.letter]
-    order = ranking.order(axis.field, layer).tolist()
+    order = ranking.order(axis.field, anatomy.home(axis, layer)).tolist()
     size = anatomy.sizes(layer)[axis.letter]
     owner = spec.layout[0].owner((*axis.within, axis.letter), anatomy.sizes(layer)).to(tensor.device)
     merged = tensor.clone()

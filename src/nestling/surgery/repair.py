@@ -125,9 +125,10 @@ class Repair:
     def _refit_layer(self, selection: Selection, need: Need) -> dict[str, Tensor]:
         moments, result = self._known[need.layer], {}
         gain = moments.gain() if need.end > need.layer else None
-        for name, inputs in moments.inputs.items():
+        for name, own in moments.inputs.items():
             columns = self._columns(selection, name)
-            if columns is not None and _normed(selection, name):
+            inputs = self._over_uses(selection, need.layer, name, own)
+            if inputs is None or (columns is not None and _normed(selection, name)):
                 continue
             last = name == next(reversed(moments.inputs))
             added = moments.added[need.end] / gain if gain is not None and last else None
@@ -135,6 +136,17 @@ class Repair:
                 weight = self.model.get_parameter(name).detach()
                 result[name] = _folded(weight, inputs, columns, added, self.ridge)
         return result
+
+    def _over_uses(self, selection: Selection, layer: int, name: str, own: Tensor) -> Tensor | None:
+        """S of a reader over all kept layers that share it; None where an earlier one has it, or one is not known."""
+        anatomy = selection.anatomy
+        if anatomy.tensors[name].block != anatomy.sharing.block:
+            return own
+        kept = [use for use in anatomy.sharing.sharers(layer) if use in selection.form.layers]
+        if layer != kept[0] or not all(use in self._known for use in kept):
+            return None
+        path = anatomy.layer_path
+        return sum((self._known[use].inputs[name.replace(path(layer), path(use), 1)] for use in kept[1:]), own)
 
     def _needs(self, selection: Selection) -> list[Need]:
         """One for each kept layer that loses units, or the layers after it."""

@@ -10,10 +10,15 @@ from collections.abc import Callable
 from nestling.anatomy.declare import Axis, Config
 
 
-def axes(mixer: str, heads: str, channels: str, state: str) -> tuple[Axis, ...]:
-    """The three axes of a mixer, by the config fields that hold their sizes."""
-    read = (f"{mixer}.out_proj",)
-    also = {"z": (f"{mixer}.in_proj[0]",), "x": (f"{mixer}.in_proj[1]",), "o": read}
+def axes(mixers: str | tuple[str, ...], heads: str, channels: str, state: str) -> tuple[Axis, ...]:
+    """The three axes of a mixer, by the config fields that hold their sizes. mixers: the names that it may have."""
+    mixers = (mixers,) if isinstance(mixers, str) else mixers
+
+    def at(place: str) -> tuple[str, ...]:
+        return tuple(f"{mixer}.{place}" for mixer in mixers)
+
+    read = at("out_proj")
+    also = {"z": at("in_proj[0]"), "x": at("in_proj[1]"), "o": read}
     return (
         Axis("h", heads, within=("g",), scored_at=read, also_at=also),
         Axis("p", channels, within=("g", "h"), counts_all=False, scored_at=read, also_at=also),
@@ -22,7 +27,7 @@ def axes(mixer: str, heads: str, channels: str, state: str) -> tuple[Axis, ...]:
             state,
             within=("g",),
             counts_all=False,
-            scored_at=(f"{mixer}.in_proj[2]", f"{mixer}.in_proj[3]"),
+            scored_at=(*at("in_proj[2]"), *at("in_proj[3]")),
             combine="product",
             metric="activation",
         ),
