@@ -10,7 +10,7 @@ W^T dy and the activation, without the experts' outputs. On other devices the wo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -106,7 +106,7 @@ def activated(inner: Tensor, activate: Activation | None) -> Tensor:
     if activate is not None:
         return activate(inner)
     gate, up = inner.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)
 
 
 def _activation(module: Any) -> Activation | None:
@@ -150,11 +150,11 @@ def _one_token(experts: Experts, hidden: Tensor, index: Tensor, weights: Tensor)
 class Plan:
     """Where each token's slots stand among the rows.
 
-    pairs: experts that go together, as slices. sizes: their rows, in this order, half of them to each expert; then 1 if
-    there is a row for slots without an expert (`spare`).
+    pairs: experts that go together; one that no token chose is in none. sizes: their rows, in this order, half of them
+    to each expert; then 1 if there is a row for slots without an expert (`spare`).
     """
 
-    pairs: tuple[slice, ...]
+    pairs: tuple[range, ...]
     sizes: list[int]
     spare: bool
 
@@ -162,11 +162,43 @@ class Plan:
     def rows(self) -> int:
         return sum(self.sizes)
 
-    def split(self, rows: Tensor) -> Iterator[Tensor]:
-        """The rows of each pair: `[rows, width]` -> `[experts, rows, width]`."""
-        for pair, part in zip(self.pairs, rows.split(self.sizes), strict=False):
-            experts = 2 if pair.stop - pair.start > 1 else 1
-            yield part.view(experts, len(part) // experts, rows.shape[1])
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """The rows of each pair: `[rows, width]` -> `[experts, rows, width]`, views."""
+        width = rows.shape[1]
+        parts = zip(self.pairs, rows.split(self.sizes), strict=False)
+        return [part.view(len(pair), len(part) // len(pair), width) for pair, part in parts]
+
+    def choose(self, matrices: Tensor) -> list[Tensor]:
+        """The matrices of each pair: `[experts, a, b]` -> `[2, a, b]`, views."""
+        size, (far, *near), start = matrices.shape[1:], matrices.stride(), matrices.storage_offset()
+        return [
+            matrices.as_strided((len(pair), *size), (far * pair.step, *near), start + far * pair.start)
+            for pair in self.pairs
+        ]
+
+    def product(self, rows: list[Tensor], matrices: Tensor, out: Tensor) -> list[Tensor]:
+        """Each row times its expert's matrix: `[rows, a]` pair by pair, `[experts, a, b]` -> `[rows, b]`."""
+        results = self.split(out)
+        for part, matrix, result in zip(rows, self.choose(matrices), results, strict=True):
+            torch.bmm(part, matrix, out=result)
+        if self.spare:
+            out[-1] = 0
+        return results
+
+    def outer(self, left: list[Tensor], right: list[Tensor], like: Tensor) -> Tensor:
+        """Sums of outer products over each expert's rows: `[rows, a]`, `[rows, b]` -> `[experts, a, b]`.
+
+        like: the matrices that it is the gradient of; the result lies in memory as they do, so that autograd keeps it,
+        unless they are a window on larger ones.
+        """
+        turned = like.transpose(1, 2)
+        if turned.is_contiguous() and not like.is_contiguous():
+            return self.outer(right, left, turned).transpose(1, 2)
+        whole = sum(map(len, self.pairs)) == len(like)
+        out = like.new_empty(like.shape) if whole else like.new_zeros(like.shape)
+        for a, b, result in zip(left, right, self.choose(out), strict=True):
+            torch.bmm(a.transpose(1, 2), b, out=result)
+        return out
 
 
 def plan(index: Tensor, experts: int) -> tuple[Plan, Tensor, Tensor]:
@@ -187,40 +219,15 @@ def plan(index: Tensor, experts: int) -> tuple[Plan, Tensor, Tensor]:
 
 def _paired(counts: list[int], spare: bool) -> tuple[Plan, list[int]]:
     """The plan in which every expert goes with the one that comes next by load, and the first row of each expert."""
-    by_load = sorted(range(len(counts)), key=counts.__getitem__, reverse=True)
+    by_load = sorted((i for i, count in enumerate(counts) if count), key=counts.__getitem__, reverse=True)
     pairs, sizes, starts, row = [], [], [0] * len(counts), 0
-    for i in range(0, len(counts), 2):
+    for i in range(0, len(by_load), 2):
         members, most = sorted(by_load[i : i + 2]), counts[by_load[i]]
-        pairs.append(slice(members[0], members[-1] + 1, max(1, members[-1] - members[0])))
+        pairs.append(range(members[0], members[-1] + 1, max(1, members[-1] - members[0])))
         sizes.append(most * len(members))
         starts[members[0]], starts[members[-1]] = row, row + most * (len(members) - 1)
         row += sizes[-1]
     return Plan(tuple(pairs), sizes + [1] * spare, spare), starts
-
-
-def _product(layout: Plan, rows: Tensor, matrices: Tensor, out: Tensor) -> Tensor:
-    """Each row times its expert's matrix: `[rows, a]`, `[experts, a, b]` -> `[rows, b]`."""
-    for pair, part, result in zip(layout.pairs, layout.split(rows), layout.split(out), strict=True):
-        if part.shape[1]:
-            torch.bmm(part, matrices[pair], out=result)
-    if layout.spare:
-        out[-1] = 0
-    return out
-
-
-def _outer(layout: Plan, left: Tensor, right: Tensor, like: Tensor) -> Tensor:
-    """Sums of outer products over each expert's rows: `[rows, a]`, `[rows, b]` -> `[experts, a, b]`.
-
-    like: the matrices that it is the gradient of; the result lies in memory as they do, so that autograd keeps it,
-    unless they are a window on larger ones.
-    """
-    turned = like.transpose(1, 2)
-    if turned.is_contiguous() and not like.is_contiguous():
-        return _outer(layout, right, left, turned).transpose(1, 2)
-    out = like.new_empty(like.shape)
-    for pair, a, b in zip(layout.pairs, layout.split(left), layout.split(right), strict=True):
-        torch.bmm(a.transpose(1, 2), b, out=out[pair])
-    return out
 
 
 # ---- forward and backward
@@ -243,15 +250,16 @@ class _Compute(torch.autograd.Function):
     ) -> Tensor:
         layout, row_of_slot, token_of_row = plan(index, len(up))
         rows = hidden.index_select(0, token_of_row)
-        inner = _product(layout, rows, up, hidden.new_empty(layout.rows, up.shape[2]))
+        inner = hidden.new_empty(layout.rows, up.shape[2])
+        layout.product(layout.split(rows), up, inner)
         expert_of_row = _expert_of_row(layout, row_of_slot, index, len(up)) if up_bias is not None else None
         if up_bias is not None and expert_of_row is not None:
             inner += up_bias.index_select(0, expert_of_row)
         weight = _spread(weights, row_of_slot, layout)
-        neurons = (activated(inner, activate) * weight).to(hidden.dtype)
-        if rows.shape[1] != down.shape[2]:
-            rows = hidden.new_empty(layout.rows, down.shape[2])
-        out = _product(layout, neurons, down, rows)  # the sorted inputs are used up: their memory takes the outputs
+        neurons = _weighed(activated(inner, activate), weight, activate)
+        # the sorted inputs are used up: their memory takes the outputs
+        out = rows if rows.shape[1] == down.shape[2] else hidden.new_empty(layout.rows, down.shape[2])
+        layout.product(layout.split(neurons), down, out)
         if down_bias is not None and expert_of_row is not None:
             out += (down_bias.index_select(0, expert_of_row) * weight).to(out.dtype)
         ctx.save_for_backward(hidden, weights, row_of_slot, token_of_row, inner, up, down, down_bias, expert_of_row)
@@ -265,47 +273,56 @@ class _Compute(torch.autograd.Function):
         layout: Plan = ctx.layout
         weight = _spread(weights, row_of_slot, layout)
         rows = grad.index_select(0, token_of_row)
-        pulled = _product(layout, rows, down.transpose(1, 2), hidden.new_empty(layout.rows, down.shape[1]))
+        parts, pulled = layout.split(rows), hidden.new_empty(layout.rows, down.shape[1])
+        layout.product(parts, down.transpose(1, 2), pulled)
         neurons, pull = _pullback(inner, ctx.activate)
         of_weight = (pulled * neurons).sum(-1)
         if down_bias is not None:
             of_weight = of_weight + (rows * down_bias.index_select(0, expert_of_row)).sum(-1)
-        of_down = of_up = of_up_bias = of_down_bias = None
+        of_down = of_up = of_up_bias = of_down_bias = of_hidden = None
         if ctx.needs_input_grad[4]:
-            of_down = _outer(layout, (neurons * weight).to(rows.dtype), rows, down)
+            of_down = layout.outer(layout.split(_weighed(neurons, weight, ctx.activate)), parts, down)
         if ctx.needs_input_grad[6]:
             of_down_bias = _sums(rows * weight, expert_of_row, len(up))
-        of_inner = pull((pulled * weight).to(inner.dtype))
+        of_inner = pull(pulled.mul_(weight))
         if ctx.needs_input_grad[5]:
             of_up_bias = _sums(of_inner, expert_of_row, len(up))
         rows = torch.index_select(hidden, 0, token_of_row, out=_reused(rows, hidden))
+        pieces = layout.split(of_inner)
         if ctx.needs_input_grad[3]:
-            of_up = _outer(layout, rows, of_inner, up)
-        of_hidden = None
+            of_up = layout.outer(layout.split(rows), pieces, up)
         if ctx.needs_input_grad[0]:
-            of_hidden = _gather_sum(row_of_slot, _product(layout, of_inner, up.transpose(1, 2), rows))
+            layout.product(pieces, up.transpose(1, 2), rows)
+            of_hidden = _gather_sum(row_of_slot, rows)
         of_weights = of_weight[row_of_slot].to(weights.dtype) * (row_of_slot != layout.rows - 1 if layout.spare else 1)
         return of_hidden, of_weights, None, of_up, of_down, of_up_bias, of_down_bias, None
 
 
 def _pullback(inner: Tensor, activate: Activation | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The neurons `[rows, neurons]`, and the function from their gradient to that of `inner`."""
+    """The neurons `[rows, neurons]`, and the function from their gradient, which it uses up, to that of `inner`.
+
+    With SiLU the neurons lie where their gradient will be written, so they last until then.
+    """
     if activate is not None:
         with torch.enable_grad():
             leaf = inner.detach().requires_grad_()
             neurons = activate(leaf)
         return neurons.detach(), lambda grad: torch.autograd.grad(neurons, leaf, grad)[0]
     gate, up = inner.chunk(2, dim=-1)
-    opened = F.silu(gate)
+    opened, out = F.silu(gate), torch.empty_like(inner)
+    of_gate, of_up = out.chunk(2, dim=-1)
 
     def pull(grad: Tensor) -> Tensor:
-        out = torch.empty_like(inner)
-        of_gate, of_up = out.chunk(2, dim=-1)
         torch.mul(grad, opened, out=of_up)
         torch.ops.aten.silu_backward(grad.mul_(up), gate, grad_input=of_gate)
         return out
 
-    return opened * up, pull
+    return torch.mul(opened, up, out=of_up), pull
+
+
+def _weighed(neurons: Tensor, weight: Tensor, activate: Activation | None) -> Tensor:
+    """Neurons times the weights of their rows: in place, unless an activation of the model's may still need them."""
+    return neurons.mul_(weight) if activate is None else (neurons * weight).to(neurons.dtype)
 
 
 def _gather_sum(row_of_slot: Tensor, rows: Tensor) -> Tensor:
