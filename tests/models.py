@@ -184,6 +184,10 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "mixtral": ("mixtral", LOCAL_EXPERTS | {"head_dim": 12}),
     "qwen3_moe": ("qwen3_moe", EXPERTS | {"norm_topk_prob": True, "mlp_only_layers": [1]}),
     "qwen3_moe-pre": ("qwen3_moe", EXPERTS | {"decoder_sparse_step": 2, "tie_word_embeddings": True}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        EXPERTS | {"shared_expert_intermediate_size": 11, "mlp_only_layers": [1], "norm_topk_prob": True},
+    ),
     "olmoe": ("olmoe", EXPERTS | {"intermediate_size": 14}),
     "granitemoe": ("granitemoe", LOCAL_EXPERTS | {"logits_scaling": 2.0, "attention_bias": True}),
     "granitemoeshared": ("granitemoeshared", LOCAL_EXPERTS | {"shared_intermediate_size": 18}),
@@ -194,7 +198,8 @@ VARIANTS: dict[str, tuple[str, dict]] = {
 SHARED = ("zamba2", "zamba2-two")  # layers that share tensors
 HYBRID_MOE = ("nemotron_h-moe", "nemotron_h-latent", "granitemoehybrid-moe", "qwen3_next", "qwen3_5_moe_text")
 GRANITE_MOE = ("granitemoe", "granitemoeshared")
-MOE = ("mixtral", "qwen3_moe", "qwen3_moe-pre", "olmoe", *GRANITE_MOE, "gpt_oss", "deepseek_v3", "deepseek_v3-latent")
+QWEN_MOE = ("qwen2_moe", "qwen3_moe", "qwen3_moe-pre")
+MOE = ("mixtral", *QWEN_MOE, "olmoe", *GRANITE_MOE, "gpt_oss", "deepseek_v3", "deepseek_v3-latent")
 
 
 def tiny(variant: str, seed: int = 0, dtype: torch.dtype = torch.float64, **overrides) -> PreTrainedModel:
@@ -344,7 +349,8 @@ def moe_cuts(variant: str) -> list[dict]:
         | ({} if variant == "olmoe" else heads),
         {"num_hidden_layers": 2, experts: 2, width: 8} | hidden,
         {"num_key_value_heads": 1} | ({"hidden_size": 24} if variant == "olmoe" else {}),
-        *([{"intermediate_size": 30}] if variant.startswith("qwen3_moe") else []),
+        *([{"intermediate_size": 30}] if variant in QWEN_MOE else []),
+        *([{"shared_expert_intermediate_size": 7}] if variant == "qwen2_moe" else []),
         *([{"shared_intermediate_size": 7}] if variant == "granitemoeshared" else []),
     ]
 

@@ -24,21 +24,32 @@ def test_upcycled_logits_are_the_dense_models(variant, experts, per_token, granu
 
 
 @pytest.mark.parametrize(
+    ("variant", "field", "last"),
+    [
+        ("granite", "shared_intermediate_size", "shared_mlp.output_linear.weight"),
+        ("qwen2", "shared_expert_intermediate_size", "mlp.shared_expert.down_proj.weight"),
+    ],
+)
+@pytest.mark.parametrize(
     ("experts", "per_token", "granularity", "shared"), [(4, 2, 2, 1), (3, 1, 11, 4), (2, 2, 22, 21)]
 )
-def test_upcycled_logits_with_a_shared_expert_are_the_dense_models(experts, per_token, granularity, shared):
-    dense = tiny("granite")
+def test_upcycled_logits_with_a_shared_expert_are_the_dense_models(
+    variant, field, last, experts, per_token, granularity, shared
+):
+    dense = tiny(variant)
     mixture = upcycle(dense, experts, per_token, granularity, shared=shared)
-    assert mixture.config.shared_intermediate_size == dense.config.intermediate_size // granularity * shared
+    assert getattr(mixture.config, field) == dense.config.intermediate_size // granularity * shared
     with in_float64():
         torch.testing.assert_close(logits(mixture, IDS), logits(dense, IDS), **CLOSE)
-        mixture.model.layers[0].shared_mlp.output_linear.weight.data *= 1.1
+        mixture.model.layers[0].get_parameter(last).data *= 1.1
         assert not torch.allclose(logits(mixture, IDS), logits(dense, IDS), atol=1e-4)
 
 
 def test_shared_experts_where_there_can_be_none():
     with pytest.raises(UnsupportedArchitecture, match="granite"):
         upcycle(tiny("qwen3"), 4, 2, 2, shared=1)
+    with pytest.raises(UnsupportedArchitecture, match="shared=1"):
+        upcycle(tiny("qwen2"), 4, 2, 2)
     with pytest.raises(ShapeError, match="0 to 1"):
         upcycle(tiny("granite"), 4, 2, 2, shared=2)
 

@@ -208,3 +208,25 @@ def test_a_fresh_block_writes_as_much_whatever_granularity_and_order():
             written[case] = model.model.layers[0].mlp(torch.randn(1, 512, 32)).std().item()
     assert max(written.values()) < 1.35 * min(written.values())
     assert fresh_scale(8, 2, 8, False) == 32
+
+
+def test_fresh_routed_experts_write_as_much_however_many_parts_are_shared():
+    written = []
+    for shared in (1, 4, 6):
+        torch.manual_seed(0)
+        dense = AutoConfig.for_model(
+            "qwen2",
+            hidden_size=32,
+            intermediate_size=64,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_hidden_layers=1,
+        )
+        model = AutoModelForCausalLM.from_config(mixture_config(dense, 8, 2, 8, True, shared))
+        scale_experts(model, fresh_scale(8, 2, 8, True, shared))
+        block = model.model.layers[0].mlp
+        torch.nn.init.zeros_(block.shared_expert.down_proj.weight)
+        with torch.no_grad():
+            written.append(block(torch.randn(1, 512, 32)).std().item())
+    assert max(written) < 1.35 * min(written)
+    assert fresh_scale(8, 2, 8) != fresh_scale(8, 2, 8, shared=6)

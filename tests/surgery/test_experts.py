@@ -10,6 +10,7 @@ from nestling.cost import cost
 from nestling.errors import ShapeError
 from nestling.shape import fit
 from nestling.surgery import masked, prune, reorder
+from nestling.surgery.kernels import kernel_word
 from tests.models import in_float64, logits, random_ranking, tiny, token_batches
 
 IDS = token_batches(1)[0]["input_ids"]
@@ -134,14 +135,26 @@ PUBLISHED = {
         30.5,
         3.3,
     ),
+    "qwen2_moe": ({}, 14.3, 2.7),
     "olmoe": ({"intermediate_size": 1024}, 6.9, 1.3),
 }
 
 
 @pytest.mark.parametrize("model_type", PUBLISHED)
 def test_published_counts(model_type):
-    """Mixtral 8x7B, Qwen3-30B-A3B, OLMoE-1B-7B: billions of parameters, all and active."""
+    """Mixtral 8x7B, Qwen3-30B-A3B, Qwen1.5-MoE-A2.7B, OLMoE-1B-7B: billions of parameters, all and active."""
     fields, total, active = PUBLISHED[model_type]
     found = cost(AutoConfig.for_model(model_type, **fields))
     assert abs(found.params / 1e9 - total) < 0.06
     assert abs(found.active_params / 1e9 - active) < 0.06
+
+
+def test_a_word_about_widths_that_grouped_products_refuse():
+    anatomy = Anatomy.of(tiny("qwen3_moe", moe_intermediate_size=16))
+    word = kernel_word(anatomy, {"moe_intermediate_size": 10})
+    assert word is not None
+    assert "moe_intermediate_size leaves experts 10 wide" in word
+    assert "eager" in word
+    assert kernel_word(anatomy, {"moe_intermediate_size": 8, "num_experts": 5, "intermediate_size": 30}) is None
+    assert kernel_word(Anatomy.of(tiny("qwen3_moe", moe_intermediate_size=14)), {"moe_intermediate_size": 10}) is None
+    assert kernel_word(Anatomy.of(tiny("llama")), {"intermediate_size": 30}) is None

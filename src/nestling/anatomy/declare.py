@@ -97,7 +97,8 @@ class Routed:
 
     top_k: config field that says how many a token uses. post: whether the weights of the chosen are normalized over
     them, as the config says it (a value, or the name of a field). bias: the router's buffer that is added to the scores
-    for the choice alone, if it has one.
+    for the choice alone, if it has one. shared: path of the expert that all tokens of the layer share, if there can be
+    one; a gate of its own, if it has one, is that path with `_gate` after it.
     """
 
     router: str
@@ -105,6 +106,7 @@ class Routed:
     top_k: str = "num_experts_per_tok"
     post: bool | str = True
     bias: str | None = None
+    shared: str | None = None
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class Architecture:
     layer_tuples: whether a layer returns a tuple whose first item is its hidden state.
     derived: config fields that follow from the sizes, with the function that gives them; None leaves a field alone.
     mixture_kin: model_type of the mixture of experts whose other parts are this model's. dense_kin: the other way.
-    shared_kin: that of the mixture which has an expert for all tokens too, its two tensors in the block `mlp`.
+    shared_kin: that of the mixture which has an expert for all tokens too.
     routed: where layers with routed experts have their router and experts.
     shared: the block whose tensors several layers use, if there is one.
     refuses: why a config is not possible although its class takes it, in a few words; None if it is.

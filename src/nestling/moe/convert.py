@@ -66,9 +66,8 @@ def upcycle(
             weights[f"{path}.{at[name]}"] = (shard[shared:] * scale).repeat(num_experts, 1, 1)
         if shared:
             width = shared * gate.shape[0] // granularity
-            fused, out = kin.blocks["mlp"]
-            weights[f"{path}.{fused}"] = torch.cat([gate[:width], up[:width]])
-            weights[f"{path}.{out}"] = down[:, :width]
+            for name, tensor in _shared_expert(kin, gate[:width], up[:width], down[:, :width]).items():
+                weights[f"{path}.{name}"] = tensor
         rows = torch.randn(num_experts, gate.shape[1], generator=generator) * router_std
         weights[f"{path}.{at['router']}"] = rows.to(gate).repeat_interleave(routed, 0)
     return _built(model, config, weights)
@@ -142,18 +141,7 @@ def mixture_config(
     post: weights normalized over the chosen experts. Raises as `upcycle` does.
     """
     dense = architecture_of(config)
-    if dense.mixture_kin is None:
-        able = ", ".join(sorted(name for name, a in ARCHITECTURES.items() if a.mixture_kin))
-        raise UnsupportedArchitecture(
-            f"no mixture of experts in transformers is like a {dense.model_type} model: give one of {able}"
-        )
-    if shared and dense.shared_kin is None:
-        able = ", ".join(sorted(name for name, a in ARCHITECTURES.items() if a.shared_kin))
-        raise UnsupportedArchitecture(
-            f"no mixture in transformers that is like a {dense.model_type} model has shared experts: leave shared out, "
-            f"or give one of {able}"
-        )
-    kin = ARCHITECTURES[dense.shared_kin if shared and dense.shared_kin else dense.mixture_kin]
+    kin = _kin(dense, shared)
     assert kin.routed is not None
     _check_numbers(config.intermediate_size, num_experts, num_experts_per_tok, granularity, post, shared)
     if isinstance(kin.routed.post, bool) and kin.routed.post != post:
@@ -166,10 +154,41 @@ def mixture_config(
     setattr(made, str(experts.active), num_experts_per_tok * (granularity - shared))
     setattr(made, neurons.field, width)
     if shared:
-        setattr(made, next(axis.field for axis in kin.axes if axis.letter == "ffn"), width * shared)
+        down = f"{kin.routed.shared}."
+        field = next(axis.field for axis in kin.axes if any(f"{at}.".startswith(down) for at in axis.scored_at[:1]))
+        setattr(made, field, width * shared)
     if isinstance(kin.routed.post, str):
         setattr(made, kin.routed.post, post)
     return made
+
+
+def _kin(dense: Architecture, shared: int) -> Architecture:
+    """The mixture that is like a dense model, with a shared expert or without."""
+    name = dense.shared_kin if shared else dense.mixture_kin
+    if name is not None:
+        return ARCHITECTURES[name]
+    able = ", ".join(sorted(n for n, a in ARCHITECTURES.items() if (a.shared_kin if shared else a.mixture_kin)))
+    other = dense.mixture_kin if shared else dense.shared_kin
+    what, else_ = ("with", "leave shared out") if shared else ("without", "give shared=1 or more")
+    raise UnsupportedArchitecture(
+        f"no mixture of experts {what} a shared one in transformers is like a {dense.model_type} model: "
+        f"{else_ + ', or ' if other else ''}give one of {able}"
+    )
+
+
+def _shared_expert(kin: Architecture, gate: Tensor, up: Tensor, down: Tensor) -> dict[str, Tensor]:
+    """The tensors of an expert for all tokens. A gate of its own starts at one half, which the last matrix makes up."""
+    assert kin.routed is not None
+    at = kin.routed.shared
+    names = [name for block in kin.blocks.values() for name in block if name.startswith((f"{at}.", f"{at}_gate"))]
+    gated = f"{at}_gate.weight"
+    if gated in names:
+        names.remove(gated)
+        extra, down = {gated: torch.zeros_like(gate[:1])}, 2 * down
+    else:
+        extra = {}
+    parts = [gate, up, down] if len(names) == 3 else [torch.cat([gate, up]), down]
+    return dict(zip(names, parts, strict=True)) | extra
 
 
 def _mode(mode: str) -> str:

@@ -102,13 +102,17 @@ def scale_experts(model: PreTrainedModel, factor: float) -> None:
             experts.get_parameter("down_proj").mul_(factor)
 
 
-def fresh_scale(num_experts: int, num_experts_per_tok: int, granularity: int = 1, normalized: bool = True) -> float:
+def fresh_scale(
+    num_experts: int, num_experts_per_tok: int, granularity: int = 1, normalized: bool = True, shared: int = 0
+) -> float:
     """The factor for fresh experts with which granularity and router order leave the size of the block's output alone.
 
     Weights of one spread make what an expert of 1/g of the width writes smaller by the root of g, and averaging g times
-    as many such experts does so once more. Weights from the softmax over all sum to k/E at first, not to 1.
+    as many such experts does so once more. Weights from the softmax over all sum to k/E at first, not to 1. Parts of
+    the FFN that are shared are not among those averaged, and what they write is left alone.
     """
-    return granularity * (1.0 if normalized else num_experts / num_experts_per_tok)
+    spread = (granularity * (granularity - shared)) ** 0.5
+    return spread * (1.0 if normalized else num_experts / num_experts_per_tok)
 
 
 class MixtureLM(Learner):

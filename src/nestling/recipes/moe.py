@@ -48,7 +48,7 @@ class UpcycleSettings(ModelSettings):
         num_experts: Experts, each as wide as the FFN; times the granularity in the result.
         num_experts_per_tok: Experts that a token uses; times the granularity in the result.
         granularity: Parts that each expert is cut into: 1 is a standard mixture, 8 a fine-grained one.
-        shared: Parts of the FFN, of granularity, that make one expert for all tokens (granite).
+        shared: Parts of the FFN, of granularity, that make one expert for all tokens (granite, qwen2).
         mode: exact keeps the logits; paper scales all three matrices and takes weights from the softmax over all.
         router_std: Standard deviation of the fresh router's weights.
         out: Folder to write the model to.
@@ -114,7 +114,7 @@ class MixtureVerb(ScratchSettings):
         num_experts_per_tok: Of them a token uses so many; times the granularity.
         granularity: Parts that each expert is cut into; total and active parameters stay. Down projections start that
             many times larger, so that what a token's experts write together is as large at the start as without.
-        shared: Parts of the FFN, of granularity, that make one expert for all tokens (granite).
+        shared: Parts of the FFN, of granularity, that make one expert for all tokens (granite, qwen2).
         normalize: Weights of the chosen experts add up to 1 (softmax after top-k); otherwise they come from the softmax
             over all.
         train: Settings of the training.
@@ -175,7 +175,7 @@ def train_mixture(settings: MixtureVerb) -> dict[str, Any]:
         else:
             model = build(config, tokenizer, settings.train.seed, settings.device)
             numbers = (settings.num_experts, settings.num_experts_per_tok, settings.granularity)
-            moe.scale_experts(model, moe.fresh_scale(*numbers, settings.normalize))
+            moe.scale_experts(model, moe.fresh_scale(*numbers, settings.normalize, settings.shared))
         console.print(f"{model.config.model_type}, {count(model.num_parameters())} parameters")
         return moe.train(model, settings.data, tokenizer, settings.train, run.folder)
 

@@ -17,6 +17,17 @@ SHARED_MLP = {
     "shared_mlp.output_linear.weight": "hidden ffn",
 }
 
+# The expert that all tokens of a Qwen mixture share, with its gate, and what is read of it.
+GATED_SHARED = {
+    "mlp.shared_expert.gate_proj.weight": "shared hidden",
+    "mlp.shared_expert.up_proj.weight": "shared hidden",
+    "mlp.shared_expert.down_proj.weight": "hidden shared",
+    "mlp.shared_expert_gate.weight": "1 hidden",
+}
+SHARED_AXIS = Axis(
+    "shared", "shared_expert_intermediate_size", scored_at=("mlp.shared_expert.down_proj",), metric="relative"
+)
+
 
 def expert_axes(experts: str, width: str, at: str = "mlp", groups: tuple[str, ...] = ()) -> tuple[Axis, ...]:
     """Experts, and neurons in them, by the config fields that hold their sizes.

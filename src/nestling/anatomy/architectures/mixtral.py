@@ -1,8 +1,9 @@
 """Mixtral and its kin: experts in every layer, each a gated FFN.
 
-Mixtral normalizes over the chosen experts, Qwen3-MoE and OLMoE where `norm_topk_prob` says so, Granite and GPT-OSS by
-a softmax over the chosen. Qwen3-MoE may have dense layers in between. OLMoE normalizes the queries of all heads
-together, in a norm as wide as the hidden size, which binds that to the heads.
+Mixtral normalizes over the chosen experts, the Qwen mixtures and OLMoE where `norm_topk_prob` says so, Granite and
+GPT-OSS by a softmax over the chosen. The Qwen mixtures may have dense layers in between, and Qwen2-MoE has an expert
+that all tokens share, behind a gate of its own. OLMoE normalizes the queries of all heads together, in a norm as wide
+as the hidden size, which binds that to the heads.
 """
 
 from nestling.anatomy.architectures._dense import (
@@ -16,7 +17,14 @@ from nestling.anatomy.architectures._dense import (
     SIZES,
     axes,
 )
-from nestling.anatomy.architectures._moe import SHARED_MLP, expert_axes, is_sparse, routed_tensors
+from nestling.anatomy.architectures._moe import (
+    GATED_SHARED,
+    SHARED_AXIS,
+    SHARED_MLP,
+    expert_axes,
+    is_sparse,
+    routed_tensors,
+)
 from nestling.anatomy.architectures.qwen import HEAD_NORMS
 from nestling.anatomy.declare import Architecture, Axis, Config, Routed, register
 
@@ -84,13 +92,13 @@ register(
         layer_blocks=granite_blocks,
         kv_cache=KV_CACHE,
         attends=ATTENDS,
-        routed=Routed("block_sparse_moe.router", "block_sparse_moe.experts"),
+        routed=Routed("block_sparse_moe.router", "block_sparse_moe.experts", shared="shared_mlp"),
         logits_divisor="logits_scaling",
     )
 )
 
 
-def qwen3_blocks(config: Config, layer: int) -> tuple[str, ...]:
+def qwen_blocks(config: Config, layer: int) -> tuple[str, ...]:
     """Experts in sparse layers, an MLP in the others."""
     return ("attention", "moe" if is_sparse(config, layer) else "mlp", "norms")
 
@@ -108,10 +116,36 @@ register(
             "moe": routed_tensors(),
             "norms": PRE_NORMS,
         },
-        layer_blocks=qwen3_blocks,
+        layer_blocks=qwen_blocks,
         kv_cache=KV_CACHE,
         attends=ATTENDS,
         routed=Routed("mlp.gate", "mlp.experts", post="norm_topk_prob"),
+        listed_blocks={"mlp_only_layers": "mlp"},
+        derived={"decoder_sparse_step": lambda config: 1},
+    )
+)
+
+register(
+    Architecture(
+        model_type="qwen2_moe",
+        axes=(
+            *axes("self_attn.q_proj", "mlp.gate_proj", "mlp.shared_expert.gate_proj"),
+            *expert_axes("num_experts", "moe_intermediate_size"),
+            SHARED_AXIS,
+        ),
+        sizes=SIZES,
+        tensors=MODEL,
+        blocks={
+            "attention": ATTENTION | ATTENTION_BIAS,
+            "mlp": MLP,
+            "moe": routed_tensors() | GATED_SHARED,
+            "norms": PRE_NORMS,
+        },
+        layer_blocks=qwen_blocks,
+        kv_cache=KV_CACHE,
+        attends=ATTENDS,
+        layer_thresholds=("max_window_layers",),
+        routed=Routed("mlp.gate", "mlp.experts", post="norm_topk_prob", shared="mlp.shared_expert"),
         listed_blocks={"mlp_only_layers": "mlp"},
         derived={"decoder_sparse_step": lambda config: 1},
     )

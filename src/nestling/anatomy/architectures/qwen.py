@@ -16,6 +16,7 @@ from nestling.anatomy.declare import Architecture, register
 register(
     Architecture(
         model_type="qwen2",
+        shared_kin="qwen2_moe",
         axes=axes(),
         sizes=SIZES,
         tensors=MODEL,

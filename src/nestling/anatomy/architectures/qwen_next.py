@@ -19,7 +19,7 @@ from nestling.anatomy.architectures._dense import (
     SIZES,
     axes,
 )
-from nestling.anatomy.architectures._moe import expert_axes, is_sparse, routed_tensors
+from nestling.anatomy.architectures._moe import GATED_SHARED, SHARED_AXIS, expert_axes, is_sparse, routed_tensors
 from nestling.anatomy.architectures.qwen import HEAD_NORMS
 from nestling.anatomy.declare import Architecture, Axis, Config, Routed, register
 
@@ -46,13 +46,6 @@ INTERLEAVED = {
     "linear_attn.in_proj_qkvz.weight": "(kh (dk + dk + r v + r v)) hidden",
     "linear_attn.in_proj_ba.weight": "(kh (r + r)) hidden",
 }
-SHARED = {
-    "mlp.shared_expert.gate_proj.weight": "shared hidden",
-    "mlp.shared_expert.up_proj.weight": "shared hidden",
-    "mlp.shared_expert.down_proj.weight": "hidden shared",
-    "mlp.shared_expert_gate.weight": "1 hidden",
-}
-
 READ = ("linear_attn.out_proj",)
 DELTA_AXES = (
     Axis("kh", "linear_num_key_heads", scored_at=READ),
@@ -61,7 +54,7 @@ DELTA_AXES = (
 )
 EXPERT_AXES = (
     *expert_axes("num_experts", "moe_intermediate_size"),
-    Axis("shared", "shared_expert_intermediate_size", scored_at=("mlp.shared_expert.down_proj",), metric="relative"),
+    SHARED_AXIS,
 )
 # What all of them have alike. `attention` is empty because what their attention gives is gated.
 COMMON: dict[str, Any] = {
@@ -113,10 +106,10 @@ register(
             "norms": PRE_NORMS,
             "attention": GATED,
             "delta": DELTA | APART,
-            "moe": routed_tensors() | SHARED,
+            "moe": routed_tensors() | GATED_SHARED,
         },
         layer_blocks=lambda config, layer: ("norms", mixer(config, layer), "moe"),
-        routed=Routed("mlp.gate", "mlp.experts"),
+        routed=Routed("mlp.gate", "mlp.experts", shared="mlp.shared_expert"),
         **COMMON,
     )
 )
@@ -134,10 +127,10 @@ register(
             "attention": GATED,
             "delta": DELTA | INTERLEAVED,
             "mlp": MLP,
-            "moe": routed_tensors() | SHARED,
+            "moe": routed_tensors() | GATED_SHARED,
         },
         layer_blocks=next_blocks,
-        routed=Routed("mlp.gate", "mlp.experts", post="norm_topk_prob"),
+        routed=Routed("mlp.gate", "mlp.experts", post="norm_topk_prob", shared="mlp.shared_expert"),
         listed_blocks={"mlp_only_layers": "mlp"},
         derived={"decoder_sparse_step": lambda config: 1},
         **COMMON,
