@@ -1,11 +1,15 @@
 """The whole job on a hybrid, and the verbs before and after it."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from nestling import hub
+from nestling.cli import main
 from nestling.ranking import Ranking
+from nestling.recipes import evaluate as evaluating
 from tests import checkpoint
 from tests.cli.workplace import FEW, JOB, run
 
@@ -68,3 +72,18 @@ def test_every_verb_on_every_hybrid(variant, place, capsys, brief):
     assert "state" in (place / "run" / "report.html").read_text()
     timed = run(capsys, "bench", "h,child", "--prompt_tokens", 4, "--new_tokens", 1, "--rounds", 1)
     assert all(speed["decode_tokens_per_s"] > 0 for speed in timed.values())
+
+
+def test_mixers_are_compiled_where_it_is_asked_for_and_can_be(place, capsys, monkeypatch):
+    checkpoint.write(place / "h", "nemotron_h")
+    asked = []
+    monkeypatch.setattr(evaluating, "compiled_steps", lambda model: nullcontext(asked.append(type(model).__name__)))
+    timing = ("bench", "h", "--prompt_tokens", 4, "--new_tokens", 1, "--rounds", 1)
+    run(capsys, *timing)
+    assert not asked
+    monkeypatch.setattr(evaluating.shutil, "which", lambda name: name)
+    assert run(capsys, *timing, "--compiled", "true")["h"]["decode_tokens_per_s"] > 0
+    assert asked == ["NemotronHForCausalLM"]
+    monkeypatch.setattr(evaluating.shutil, "which", lambda name: None)
+    assert main([*map(str, timing), "--compiled", "true"]) == 2
+    assert "needs a C++ compiler" in capsys.readouterr().err

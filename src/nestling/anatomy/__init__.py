@@ -5,7 +5,7 @@ from nestling.anatomy.anatomy import Anatomy, Place, TensorSpec
 from nestling.anatomy.declare import ARCHITECTURES, Architecture, Axis, Rescale, Routed, architecture_of, register
 from nestling.anatomy.head import cache_name, decoder, logits_head
 from nestling.anatomy.per_layer import register_per_layer
-from nestling.anatomy.scan import suited_scans
+from nestling.anatomy.scan import compiled_steps, suited_scans
 from nestling.experts import register_experts
 
 register_per_layer()
@@ -22,6 +22,7 @@ __all__ = [
     "TensorSpec",
     "architecture_of",
     "cache_name",
+    "compiled_steps",
     "decoder",
     "logits_head",
     "register",

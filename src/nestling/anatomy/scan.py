@@ -1,16 +1,18 @@
-"""How many tokens a state-space scan works on at once: a matter of speed alone, the function is the same.
+"""How a state-space scan is computed: a matter of speed alone, the function is the same.
 
 Mamba-2 is computed in chunks (arXiv 2405.21060, section 6): quadratic inside a chunk, a recurrence from chunk to
 chunk. Checkpoints name a chunk that suits a GPU kernel; a CPU spends most of a step on the quadratic part of those.
+For a single token the scan is one update of the state, many small operations on a CPU, which compiling makes few.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 CHUNK = {"cpu": 32}
@@ -28,6 +30,40 @@ def suited_scans(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for mixer, chunk in before.items():
             mixer.chunk_size = chunk
+
+
+@contextmanager
+def compiled_steps(model: PreTrainedModel, backend: str = "inductor") -> Iterator[None]:
+    """Within this context mixers with a scan compute single tokens compiled (`torch.compile`), longer texts as ever.
+
+    For decoding with a cache; the first steps take the time of compiling. backend: of `torch.compile`; its default
+    needs a C++ compiler on a CPU. Models without such mixers are left alone.
+    """
+    mixers = _mixers(model)
+    for mixer in mixers:
+        mixer.__dict__["forward"] = _stepping(mixer.forward, backend)
+    try:
+        yield
+    finally:
+        for mixer in mixers:
+            mixer.__dict__.pop("forward", None)
+
+
+def _stepping(plain: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """A mixer's forward, compiled for one token."""
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        return plain(*args, **kwargs)
+
+    # What is compiled is kept with the code object, up to a limit: every mixer gets one of its own.
+    step.__code__ = step.__code__.replace()
+    compiled = torch.compile(step, backend=backend, dynamic=False)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        return (compiled if hidden.shape[1] == 1 else plain)(*args, **kwargs)
+
+    return forward
 
 
 def _mixers(model: nn.Module) -> list[Any]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
 
 from nestling import evaluate
+from nestling.anatomy import compiled_steps
 from nestling.errors import DataError
 from nestling.recipes.progress import bar, console
 from nestling.recipes.settings import ModelSettings, listed
 from nestling.recipes.source import Source, load
 from nestling.report.human import figure
 from nestling.train import documented
+
+COMPILERS = ("g++", "clang++")
 
 
 @documented
@@ -57,6 +62,7 @@ class BenchSettings(ModelSettings):
         new_tokens: Tokens decoded after it.
         batch: Sequences at once.
         rounds: Rounds that count, after one that does not.
+        compiled: Decode with the Mamba mixers of hybrids compiled; needs a C++ compiler on a CPU.
     """
 
     models: str | list[str]
@@ -64,6 +70,7 @@ class BenchSettings(ModelSettings):
     new_tokens: int = 32
     batch: int = 1
     rounds: int = 5
+    compiled: bool = False
 
 
 def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
@@ -99,8 +106,12 @@ def bench(settings: BenchSettings) -> dict[str, Any]:
     names = listed(settings.models)
     if not names:
         raise DataError("bench has nothing to measure: give at least one model")
+    if settings.compiled and not any(map(shutil.which, COMPILERS)):
+        raise DataError(f"--compiled needs a C++ compiler ({' or '.join(COMPILERS)}): install one, or leave it out")
     models = {name: load(settings, name)[0] for name in names}
-    with bar("rounds", settings.rounds + 1) as advance:
+    with bar("rounds", settings.rounds + 1) as advance, ExitStack() as faster:
+        for model in models.values() if settings.compiled else ():
+            faster.enter_context(compiled_steps(model))
         found = evaluate.speed(
             models,
             prompt_tokens=settings.prompt_tokens,
