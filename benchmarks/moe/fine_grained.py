@@ -1,21 +1,20 @@
-"""Fine-grained against standard experts at equal total and active parameters, tokens and data order.
+"""Fine-grained against standard experts at equal active parameters, tokens and data order, over sizes and lengths.
 
 Small Qwen3-MoE models from scratch (see `small.py`): 8 experts of the FFN's width against 64 of an eighth of it, using
 as much of them as the dense FFN has (1x) or twice that (2x). A single expert per token cannot be normalized over
 itself, so the 1x standard arm takes its weights from the softmax over all, and a third arm does so with 64 experts.
-Figures: held-out loss, tokens after which the fine arm has the standard one's last training loss, load, time.
+Routers of 64 experts cost some FLOPs more: a second gain grants the standard arm as many, by its loss at two lengths.
 
-    python benchmarks/moe/fine_grained.py --work runs/moe [--seeds 0 1] [--steps 200] [--size small]
+    python -m benchmarks.moe.fine_grained --work runs/moe [--sizes tiny small] [--lengths 200 800] [--rates 0.004]
 """
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+import math
+from itertools import pairwise, product
 
-from benchmarks.moe.small import claim, fresh, trained, write
-from rich.console import Console
-from rich.table import Table
+from benchmarks.moe.small import RATE, fresh, gap, parser, trained
+from benchmarks.record import Record, Row, claim, show
 
 # name -> experts, experts per token (both at granularity 1), granularity, normalized over the chosen; None is dense
 ARMS = {
@@ -28,69 +27,80 @@ ARMS = {
 }
 PAIRS = {"1x": ("1x G1 pre", "1x G8 post"), "2x": ("2x G1 post", "2x G8 post")}
 PAPER = {"1x": 0.050, "2x": 0.023}  # 2506.02890 at 11B and at 56B
-RATE = 4e-3
+FIGURES = ("loss", "params", "active_params", "max_load", "dead", "training_seconds")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder for runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--steps", type=int, default=200, help="of 2,048 tokens")
-    parser.add_argument("--size", default="small", help="small or large")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), help="only these")
-    chosen = parser.parse_args()
-    rows = []
-    for seed in chosen.seeds:
-        for arm in chosen.arms:
-            name = f"{chosen.size}-{chosen.steps}/{arm.replace(' ', '-')}-{seed}"
-            make = lambda arm=arm, seed=seed: fresh(chosen.work, chosen.size, seed, ARMS[arm])  # noqa: E731
-            rows.append({"arm": arm, **trained(chosen.work, name, make, chosen.steps, seed, RATE)})
-            conclude(rows, chosen.seeds)
-    show(rows)
+    options = parser(__doc__, ARMS, 0)
+    options.add_argument("--sizes", nargs="+", default=["tiny", "small"], help="tiny, small or large")
+    options.add_argument("--lengths", type=int, nargs="+", default=[200, 800], help="steps of 2,048 tokens")
+    options.add_argument("--rates", type=float, nargs="+", default=[RATE], help="learning rates")
+    chosen, record = options.parse_args(), Record("moe", "fine_grained")
+    grid = product(chosen.sizes, chosen.lengths, chosen.rates, chosen.seeds, chosen.arms)
+    for size, steps, rate, seed, arm in grid:
+        name = f"{size}-{steps}/{arm.replace(' ', '-')}-{seed}" + ("" if rate == RATE else f"-{rate:g}")
+        make = lambda size=size, seed=seed, arm=arm: fresh(chosen.work, size, seed, ARMS[arm])  # noqa: E731
+        run = lambda name=name, make=make, steps=steps, seed=seed, rate=rate: trained(  # noqa: E731
+            chosen.work, name, make, steps, seed, rate
+        )
+        record.row({"size": size, "steps": steps, "rate": rate, "arm": arm, "seed": seed}, run)
+        record.save(claims(record))
+    show(record.rows, ("size", "steps", "rate", "arm"), FIGURES)
 
 
-def conclude(rows: list[dict], seeds: list[int]) -> None:
-    """Write what is known so far: after every run, so that an interrupted benchmark leaves its figures."""
-    done = {(row["arm"], row["seed"]): row for row in rows}
-    claims = {}
-    for multiple, pair in PAIRS.items():
-        both = [seed for seed in seeds if all((arm, seed) in done for arm in pair)]
-        if both:
-            claims |= compared(multiple, [(done[pair[0], seed], done[pair[1], seed]) for seed in both], both)
-    write("fine_grained", rows, claims, seeds)
+def claims(record: Record) -> dict[str, Row]:
+    """Every pair at every size and length; the longest run of the largest model gives the headline."""
+    places = sorted({(row["params"], row["size"], row["steps"]) for row in record.rows})
+    found: dict[str, Row] = {}
+    for (_, size, steps), multiple in product(places, PAIRS):
+        found |= compared(record, size, steps, multiple)
+    for multiple, end in (("1x", ""), ("2x", "_2x")):
+        ranked = [name for _, size, steps in places if (name := f"{multiple}_{size}_{steps}_loss_gain") in found]
+        if ranked:
+            found[f"fine_grained_loss_gain{end}"] = found[ranked[-1]]
+    return found
 
 
-def compared(multiple: str, pairs: list[tuple[dict, dict]], seeds: list[int]) -> dict[str, dict]:
-    """Claims of one pair of arms; that of the 1x pair is the headline."""
-    what = f"8 experts against 64 of an eighth, {multiple} the dense FFN, {pairs[0][0]['tokens'] / 1e6:.2g}M tokens"
-    suffix = "" if multiple == "1x" else f"_{multiple}"
-    gains = [coarse["loss"] - fine["loss"] for coarse, fine in pairs]
-    found = {
-        f"fine_grained_loss_gain{suffix}": claim(gains, seeds, f"held-out loss, {what}", paper=PAPER[multiple]),
-        f"fine_grained_step_time_ratio{suffix}": claim(
-            [fine["seconds"] / coarse["seconds"] for coarse, fine in pairs], seeds, f"time of the run, {what}", "x"
-        ),
-    }
-    savings = [saved(coarse["curve"], fine["curve"]) for coarse, fine in pairs]
+def compared(record: Record, size: str, steps: int, multiple: str) -> dict[str, Row]:
+    """The claims of one pair of arms at one size and length."""
+    coarse, fine = ({"size": size, "steps": steps, "rate": RATE, "arm": arm} for arm in PAIRS[multiple])
+    what = f"8 experts against 64 of an eighth, {multiple} the dense FFN, {size}, {steps * 2048 / 1e6:.2g}M tokens"
+    gain = gap(record, coarse, fine, f"held-out loss, {what}", paper=PAPER[multiple])
+    if not gain:
+        return {}
+    seeds, start = gain["seeds"], f"{multiple}_{size}_{steps}"
+    pairs = [(record.find(**coarse, seed=seed), record.find(**fine, seed=seed)) for seed in seeds]
+    both = [(a, b) for a, b in pairs if a is not None and b is not None]
+    found = {f"{start}_loss_gain": gain}
+    granted = [_granted(record, a, b) for a, b in both]
+    if all(value is not None for value in granted):
+        gains = [a["loss"] - b["loss"] - float(g or 0) for (a, b), g in zip(both, granted, strict=True)]
+        how = f"held-out loss at equal FLOPs, routers included (loss of the standard arm by its two lengths), {what}"
+        found[f"{start}_loss_gain_equal_flops"] = claim(gains, seeds, how, "nats", PAPER[multiple])
+    ratios = [b["training_seconds"] / a["training_seconds"] for a, b in both]
+    found[f"{start}_time_ratio"] = claim(ratios, seeds, f"time of the fine run over the other, {what}", "x")
+    savings = [saved(a["curve"], b["curve"]) for a, b in both]
     if all(value is not None for value in savings):
         how = f"tokens of the standard arm over those after which the fine one has its last training loss, {what}"
-        found[f"fine_grained_tokens_to_equal_loss{suffix}"] = claim([float(v or 0) for v in savings], seeds, how, "x")
+        found[f"{start}_tokens_to_equal_loss"] = claim([float(v or 0) for v in savings], seeds, how, "x")
     return found
+
+
+def _granted(record: Record, coarse: Row, fine: Row) -> float | None:
+    """What the standard arm's loss would fall by with the FLOPs of the fine one: by log tokens, between two lengths."""
+    same = {name: coarse[name] for name in ("size", "rate", "arm", "seed")}
+    runs = sorted((row["tokens"], row["loss"]) for row in record.rows if same.items() <= row.items())
+    near = [pair for pair in pairwise(runs) if coarse["tokens"] in (pair[0][0], pair[1][0])]
+    if not near:
+        return None
+    (few, before), (many, after) = near[-1]
+    return (before - after) / math.log(many / few) * math.log(fine["flops_per_token"] / coarse["flops_per_token"])
 
 
 def saved(coarse: list[float], fine: list[float]) -> float | None:
     """How many times fewer tokens the fine arm needs for the coarse one's last loss; None if it does not reach it."""
     reached = next((i for i, loss in enumerate(fine) if loss <= coarse[-1]), None)
     return None if reached is None else len(coarse) / (reached + 1)
-
-
-def show(rows: list[dict]) -> None:
-    table = Table("arm", "seed", "loss", "params", "active", "busiest / mean", "dead", "seconds")
-    for row in rows:
-        load = (f"{row['max_load']:.2f}", f"{row['dead']:.2f}") if "max_load" in row else ("-", "-")
-        counts = (f"{row['params']:,}", f"{row['active_params']:,}")
-        table.add_row(row["arm"], str(row["seed"]), f"{row['loss']:.3f}", *counts, *load, f"{row['seconds']:.0f}")
-    Console().print(table)
 
 
 if __name__ == "__main__":

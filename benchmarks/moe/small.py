@@ -1,21 +1,20 @@
-"""What the training benchmarks of experts share: small Qwen3 models, one text, one recipe, results kept run by run.
+"""What the training benchmarks of experts share: small Qwen3 models, one text, one recipe, one command line.
 
-A run that is in the work folder is not done again, so a benchmark can be interrupted and spread over several sittings.
-Held-out loss is measured on the validation part of the text, the same tokens for every run.
+Rows are kept in the benchmark's record as they come (`benchmarks/record.py`), models in the work folder, and what is in
+either is not done again. Held-out loss is measured on the validation part of the text, the same tokens for every run.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.record import Record, Row, claim
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from nestling import evaluate, hub
@@ -25,10 +24,29 @@ from nestling.hub.load import load_tokenizer
 from nestling.moe import MixtureSettings, fresh_scale, health, loads, mixture_config, scale_experts, train
 from nestling.pretrain import PretrainSettings, build, pretrain
 
-RESULTS = Path(__file__).parents[1] / "results/moe"
 DATA, VOCAB, CONTEXT, BATCH = "builtin:stdlib", 512, 128, 16
 EVALUATION_TOKENS = 65_536
-SIZES = {"small": (64, 256, 3), "large": (96, 384, 4)}  # hidden size, FFN, layers
+SIZES = {"tiny": (48, 192, 2), "small": (64, 256, 3), "large": (96, 384, 4)}  # hidden size, FFN, layers
+RATE = 4e-3
+
+
+def parser(doc: str | None, arms: Iterable[str], steps: int) -> argparse.ArgumentParser:
+    """The options that all of them have."""
+    made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    made.add_argument("--work", type=Path, required=True, help="folder for models")
+    made.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    made.add_argument("--steps", type=int, default=steps, help="of 2,048 tokens")
+    made.add_argument("--arms", nargs="+", default=list(arms), choices=list(arms), help="only these")
+    return made
+
+
+def gap(record: Record, worse: Row, better: Row, how: str, figure: str = "loss", paper: float | None = None) -> Row:
+    """The claim that one arm's figure lies above another's, over the seeds that have both; nothing without such."""
+    pairs = [(row, record.find(**better, seed=row["seed"])) for row in record.rows if worse.items() <= row.items()]
+    both = [(one, other) for one, other in pairs if other is not None]
+    if not both:
+        return {}
+    return claim([a[figure] - b[figure] for a, b in both], [a["seed"] for a, _ in both], how, "nats", paper)
 
 
 def dense_config(size: str) -> Any:
@@ -75,7 +93,7 @@ def fresh(work: Path, size: str, seed: int, mixture: tuple[int, int, int, bool] 
 def trained(
     work: Path, name: str, make: Callable[[], PreTrainedModel], steps: int, seed: int, rate: float, **more: Any
 ) -> dict:
-    """The record of a run, which is done if it is not in the work folder; its model is there as `name`/model.
+    """Figures of a run, which is done if it is not in the work folder; its model is there as `name`/model.
 
     more: settings of the training of a mixture.
     """
@@ -92,8 +110,7 @@ def trained(
     found = cost(model, context=CONTEXT)
     record = {
         "run": name,
-        "seed": seed,
-        "steps": steps,
+        "updates": steps,
         "tokens": steps * BATCH * CONTEXT,
         "loss_before": before,
         "loss": held_out(model, words),
@@ -101,7 +118,7 @@ def trained(
         "params": found.params,
         "active_params": found.active_params,
         "flops_per_token": found.flops_per_token,
-        "seconds": round(time.perf_counter() - started, 1),
+        "training_seconds": round(time.perf_counter() - started, 1),
     }
     if routed:
         record |= {name: round(value, 3) for name, value in health(loads(model, texts(words))).items()}
@@ -130,32 +147,3 @@ def curve(folder: Path, window: int = 20) -> list[float]:
     losses = [record["ce"] for record in map(json.loads, lines) if "ce" in record]
     groups = [losses[i : i + window] for i in range(0, len(losses), window)]
     return [round(sum(group) / len(group), 4) for group in groups]
-
-
-def write(name: str, rows: Sequence[dict], claims: dict[str, dict], seeds: Sequence[int]) -> None:
-    """The benchmark's result file."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    record = {
-        "command": f"python benchmarks/moe/{name}.py {' '.join(sys.argv[1:])}",
-        "commit": commit.stdout.strip(),
-        "versions": {package: version(package) for package in ("nestling", "torch", "transformers")},
-        "seeds": list(seeds),
-        "rows": list(rows),
-        "claims": claims,
-    }
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-def claim(
-    values: Sequence[float], seeds: Sequence[int], how: str, unit: str = "nats", paper: float | None = None
-) -> dict:
-    """The mean over seeds and its spread."""
-    return {
-        "value": round(sum(values) / len(values), 4),
-        "spread": [round(min(values), 4), round(max(values), 4)],
-        "seeds": list(seeds),
-        "paper": paper,
-        "unit": unit,
-        "how": how,
-    }

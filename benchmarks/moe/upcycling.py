@@ -5,18 +5,16 @@ A small Qwen3 (see `small.py`) is trained; then every arm gets the FLOPs of `--m
 with logits that stay (exact) or nearly (paper), or 8 whole ones, 2 of a token (2x). The arm from scratch also gets
 the FLOPs of the parent. Figures: held-out loss before and after.
 
-    python benchmarks/moe/upcycling.py --work runs/moe [--seeds 0 1] [--steps 300] [--more 150]
+    python -m benchmarks.moe.upcycling --work runs/moe [--seeds 0 1] [--steps 300] [--more 150]
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.moe.small import CONTEXT, claim, fresh, trained, write
-from rich.console import Console
-from rich.table import Table
+from benchmarks.moe.small import CONTEXT, RATE, fresh, gap, parser, trained
+from benchmarks.record import Record, Row, show
 from transformers import PreTrainedModel
 
 from nestling import hub
@@ -32,54 +30,43 @@ ARMS: dict[str, tuple[Callable[[PreTrainedModel, Path, int], PreTrainedModel], b
     "upcycled 2x G1 exact": (lambda parent, work, seed: upcycle(parent, 8, 2, 1, seed=seed), False),
     "scratch 1x G8": (lambda parent, work, seed: fresh(work, "small", seed, (*FINE, True)), True),
 }
-RATE = 4e-3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder for runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--steps", type=int, default=300, help="of the dense parent, of 2,048 tokens")
-    parser.add_argument("--more", type=int, default=150, help="whose FLOPs each arm gets, in steps of the parent")
-    chosen = parser.parse_args()
-    rows: list[dict] = []
+    options = parser(__doc__, ARMS, 300)
+    options.add_argument("--more", type=int, default=150, help="whose FLOPs each arm gets, in steps of the parent")
+    chosen, record = options.parse_args(), Record("moe", "upcycling")
     for seed in chosen.seeds:
-        folder = f"upcycling-{chosen.steps}-{chosen.more}"
-        parent_at = f"{folder}/parent-{seed}"
-        trained(chosen.work, parent_at, lambda s=seed: fresh(chosen.work, "small", s, None), chosen.steps, seed, RATE)
-        for arm, (make, whole) in ARMS.items():
-            parent, _ = hub.load(chosen.work / parent_at / "model")
-            model = make(parent, chosen.work, seed)
-            budget = (chosen.more + whole * chosen.steps) * cost(parent, context=CONTEXT).flops_per_token
-            steps = round(budget / cost(model, context=CONTEXT).flops_per_token)
-            name = f"{folder}/{arm.replace(' ', '-')}-{seed}"
-            # another seed for the order of the data, so that continued arms do not see the parent's batches again
-            row = trained(chosen.work, name, lambda m=model: m, steps, seed + 100 * (not whole), RATE)
-            rows.append({"arm": arm, **row, "seed": seed})
-            write("upcycling", rows, claims(rows, chosen.seeds), chosen.seeds)
-    show(rows)
+        for arm in chosen.arms:
+            key = {"steps": chosen.steps, "more": chosen.more, "arm": arm, "seed": seed}
+            record.row(key, lambda seed=seed, arm=arm: figures(chosen.work, chosen.steps, chosen.more, arm, seed))
+            record.save(claims(record, chosen.steps, chosen.more))
+    show(record.rows, ("steps", "more", "arm"), ("loss_before", "loss", "updates", "params", "active_params"))
 
 
-def claims(rows: list[dict], seeds: list[int]) -> dict[str, dict]:
+def figures(work: Path, steps: int, more: int, arm: str, seed: int) -> Row:
+    """An arm's figures: the parent, what is made of it, and its share of the FLOPs."""
+    folder = f"upcycling-{steps}-{more}"
+    trained(work, f"{folder}/parent-{seed}", lambda: fresh(work, "small", seed, None), steps, seed, RATE)
+    parent, _ = hub.load(work / folder / f"parent-{seed}" / "model")
+    make, whole = ARMS[arm]
+    model = make(parent, work, seed)
+    budget = (more + whole * steps) * cost(parent, context=CONTEXT).flops_per_token
+    updates = round(budget / cost(model, context=CONTEXT).flops_per_token)
+    # another seed for the order of the data, so that continued arms do not see the parent's batches again
+    order = seed + 100 * (not whole)
+    return trained(work, f"{folder}/{arm.replace(' ', '-')}-{seed}", lambda: model, updates, order, RATE)
+
+
+def claims(record: Record, steps: int, more: int) -> dict[str, Row]:
     """Gains of the fine upcycled model over the dense one trained on and over the one from scratch."""
-    losses = {(row["arm"], row["seed"]): row["loss"] for row in rows}
     found = {}
     for name, other in (("continued_dense", "dense continued"), ("scratch", "scratch 1x G8")):
-        done = [s for s in seeds if ("upcycled 1x G8 exact", s) in losses and (other, s) in losses]
-        if done:
-            gains = [losses[other, s] - losses["upcycled 1x G8 exact", s] for s in done]
-            how = f"held-out loss of '{other}' minus that of the upcycled 64 experts top 8, equal FLOPs"
-            found[f"upcycled_vs_{name}_loss_gain"] = claim(gains, done, how)
+        how = f"held-out loss of '{other}' minus that of the upcycled 64 experts top 8, equal FLOPs"
+        worse, better = ({"steps": steps, "more": more, "arm": arm} for arm in (other, "upcycled 1x G8 exact"))
+        if one := gap(record, worse, better, how):
+            found[f"upcycled_vs_{name}_loss_gain"] = one
     return found
-
-
-def show(rows: list[dict]) -> None:
-    table = Table("arm", "seed", "loss before", "loss", "steps", "params", "active", "seconds")
-    for row in rows:
-        losses = (f"{row['loss_before']:.3f}", f"{row['loss']:.3f}")
-        counts = (str(row["steps"]), f"{row['params']:,}", f"{row['active_params']:,}", f"{row['seconds']:.0f}")
-        table.add_row(row["arm"], str(row["seed"]), *losses, *counts)
-    Console().print(table)
 
 
 if __name__ == "__main__":
