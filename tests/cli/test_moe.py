@@ -38,6 +38,8 @@ def test_a_dense_model_and_back(place, capsys):
     assert load("merged").config.num_local_experts == 5
     run(capsys, "moe", "prune", "run/model", "--dense", "true", "--out", "dense", *FEW)
     assert load("dense").config.model_type == "mistral"
+    run(capsys, "distill", "dense", "--teacher", "run/model", *FEW[:2], "--out", "learned", *JOB[-8:])
+    assert not torch.equal(logits(load("learned/model"), IDS), logits(load("dense"), IDS))
     found = run(capsys, "prune", "run/model", "--to", "0.8x", "--axes", "num_local_experts", "--out", "cut", *FEW)
     assert set(found["shape"]) == {"num_local_experts"}
 
@@ -81,3 +83,15 @@ def test_compress_cuts_experts_with_everything_else(place, capsys, brief):
     config = load("run/model").config
     assert config.num_local_experts >= config.num_experts_per_tok
     assert load("run/model").num_parameters() <= 0.4 * load("mix").num_parameters()
+
+
+def test_a_family_has_experts_as_an_axis(place, capsys):
+    run(capsys, "moe", "upcycle", "m", "--num_experts", 4, "--out", "mix")
+    few = ["--calibration_tokens", 128, "--generated", 0, "--evaluation_tokens", 64, "--compare", 0]
+    train = ["--train.steps", 4, "--train.batch_size", 2, "--train.context", 32, "--train.save_every", 0]
+    axes = ["--train.axes", "num_local_experts,intermediate_size"]
+    found = run(capsys, "elastic", "train", "mix", *TEXT, "--to", "0.6x", "--out", "run", *axes, *few, *train)
+    assert round(found["members"]["0.6x"]["of_parent"], 2) == 0.6
+    run(capsys, "elastic", "extract", "run", "0.6x", "small")
+    assert load("small").config.num_local_experts <= 4
+    assert load("small").num_parameters() < 0.61 * load("mix").num_parameters()
