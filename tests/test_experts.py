@@ -188,6 +188,17 @@ def test_gradients_lie_in_memory_as_their_parameters():
         assert all(p.grad.is_contiguous() for p in module.parameters())
 
 
+@pytest.mark.parametrize("routing", ["even", "some nowhere", "all nowhere"])
+def test_huge_pages_change_nothing(routing, monkeypatch):
+    module, index = Module(), ROUTINGS[routing]()
+    hidden, weights = torch.randn(len(index), HIDDEN).double(), torch.rand(index.shape).double()
+    expected = grads(experts_forward, module, hidden, index, weights)
+    monkeypatch.setattr(experts, "MAPPED", 1)
+    assert experts._empty(hidden, 3, 5).shape == (3, 5)
+    found = grads(experts_forward, module, hidden, index, weights)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_stock_experts_take_the_short_way():
     for variant in ("qwen3_moe", "mixtral", "olmoe"):
         experts = next(routed_modules(tiny(variant)))[2]

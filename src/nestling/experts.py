@@ -10,7 +10,10 @@ W^T dy and the activation, without the experts' outputs. On other devices the wo
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,6 +26,7 @@ from transformers.activations import SiLUActivation
 from transformers.integrations import moe as stock
 
 NAME = "nestling"
+MAPPED = 2**25  # bytes from which on glibc maps every block anew
 
 
 def register_experts() -> None:
@@ -195,7 +199,7 @@ class Plan:
         if turned.is_contiguous() and not like.is_contiguous():
             return self.outer(right, left, turned).transpose(1, 2)
         whole = sum(map(len, self.pairs)) == len(like)
-        out = like.new_empty(like.shape) if whole else like.new_zeros(like.shape)
+        out = _empty(like, *like.shape) if whole else like.new_zeros(like.shape)
         for a, b, result in zip(left, right, self.choose(out), strict=True):
             torch.bmm(a.transpose(1, 2), b, out=result)
         return out
@@ -250,7 +254,7 @@ class _Compute(torch.autograd.Function):
     ) -> Tensor:
         layout, row_of_slot, token_of_row = plan(index, len(up))
         rows = hidden.index_select(0, token_of_row)
-        inner = hidden.new_empty(layout.rows, up.shape[2])
+        inner = _empty(hidden, layout.rows, up.shape[2])
         layout.product(layout.split(rows), up, inner)
         expert_of_row = _expert_of_row(layout, row_of_slot, index, len(up)) if up_bias is not None else None
         if up_bias is not None and expert_of_row is not None:
@@ -323,6 +327,21 @@ def _pullback(inner: Tensor, activate: Activation | None) -> tuple[Tensor, Calla
 def _weighed(neurons: Tensor, weight: Tensor, activate: Activation | None) -> Tensor:
     """Neurons times the weights of their rows: in place, unless an activation of the model's may still need them."""
     return neurons.mul_(weight) if activate is None else (neurons * weight).to(neurons.dtype)
+
+
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    """New memory of a dtype and device; what is large is asked for in huge pages.
+
+    The allocator maps blocks of that size anew each time, and to touch their small pages for the first time takes as
+    long as the product that fills them.
+    """
+    size = math.prod(shape) * like.element_size()
+    if like.device.type != "cpu" or size < MAPPED or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return like.new_empty(shape)
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(block, dtype=like.dtype).view(shape)
 
 
 def _gather_sum(row_of_slot: Tensor, rows: Tensor) -> Tensor:
