@@ -78,7 +78,9 @@ def admit(
 def _take(name: str, token: tuple[Tensor, ...], state: Any, held: tuple[str, ...], gates: Any) -> tuple[Tensor, Tensor]:
     out = torch.empty(token[0].shape, dtype=token[0].dtype), torch.empty(token[1].shape, dtype=token[1].dtype)
     settings = (float(gates.scale), float(gates.offset), float(gates.keep), bool(gates.shared))
-    state.make_room(*_loop("room")(_array(state.length), state.values.shape[1]))
+    pages, columns = _loop("room")(_array(state.length), state.values.shape[1])
+    if pages or columns > state.table.shape[-1]:
+        state.make_room(pages, columns)
     arrays = [_array(getattr(state, part)) for part in held]
     _loop(name)(*map(_array, token), settings, *arrays, out[0].numpy(), out[1].numpy())
     return out
