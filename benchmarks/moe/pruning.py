@@ -41,10 +41,11 @@ def main() -> None:
         for criterion, kept, how in product(chosen.arms, KEPT, ("drop", "merge")):
             if how == "drop" or criterion in MERGED:
                 make = partial(made, parent, criterion, kept, how, calibration, seed)
-                key = {"steps": chosen.steps, "kept": kept, "criterion": criterion, "how": how, "seed": seed}
+                key = {"steps": chosen.steps, "distill_steps": chosen.distill_steps, "kept": kept}
+                key |= {"criterion": criterion, "how": how, "seed": seed}
                 record.row(key, partial(damages, parent, make, whole, words, options(chosen.distill_steps, seed, 1e-3)))
-                record.save(claims(record, chosen.steps))
-    show(record.rows, ("steps", "kept", "criterion", "how"), ("damage", "damage_distilled"))
+                record.save(claims(record, chosen.steps, chosen.distill_steps))
+    show(record.rows, ("steps", "distill_steps", "kept", "criterion", "how"), ("damage", "damage_distilled"))
 
 
 def damages(
@@ -78,11 +79,14 @@ def made(parent: PreTrainedModel, criterion: str, kept: int, how: str, calibrati
     return prune(parent, Ranking({"num_experts": ranking.scores["num_experts"]}), {"num_experts": kept})
 
 
-def claims(record: Record, steps: int) -> dict[str, Row]:
+def claims(record: Record, steps: int, distill_steps: int) -> dict[str, Row]:
     """How much better REAP is than chance, before and after distillation."""
     found = {}
     for kept, figure in product(KEPT, ("damage", "damage_distilled")):
-        random, reap = ({"steps": steps, "kept": kept, "criterion": name, "how": "drop"} for name in ("random", "reap"))
+        random, reap = (
+            {"steps": steps, "distill_steps": distill_steps, "kept": kept, "criterion": name, "how": "drop"}
+            for name in ("random", "reap")
+        )
         after = "distillation" if figure == "damage_distilled" else "no distillation"
         how = f"held-out loss of random minus REAP, {kept} of 64 experts kept, {after}"
         if one := gap(record, random, reap, how, figure):
