@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nestling import hub, processes
 from nestling.errors import CheckpointError
+from nestling.recipes.hold import Hold, hold
 
 T = TypeVar("T")
 # Settings that say where or how the job runs, not what it makes.
@@ -31,13 +32,15 @@ PLACES = ("out", "overwrite")
 class Run:
     """The folder of one run.
 
-    Raises `CheckpointError` when the folder holds a run with other settings, or something that is no run.
+    Raises `CheckpointError` when the folder holds a run with other settings, or something that is no run, or when
+    another job is at work in it.
     """
 
     def __init__(self, verb: str, settings: Any, folder: str | Path, overwrite: bool = False):
         self.folder = Path(folder)
         self.verb = verb
         self.settings = {"verb": verb, **dataclasses.asdict(settings)}
+        self._hold: Hold | None = None
         processes.first(lambda: self._open(overwrite))
 
     def path(self, name: str) -> Path:
@@ -79,10 +82,12 @@ class Run:
     def _open(self, overwrite: bool) -> None:
         record = self.path("run.yaml")
         if overwrite and record.exists():
+            self._hold = hold(self.folder)
             shutil.rmtree(self.folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise CheckpointError(f"'{self.folder}' is a file: name a folder with --out")
         if record.exists():
+            self._hold = hold(self.folder)
             self._check_same(record)
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise CheckpointError(f"'{self.folder}' is not empty and holds no run: name another folder with --out")
@@ -93,6 +98,7 @@ class Run:
                 raise CheckpointError(
                     f"'{self.folder}' cannot be made ({error.strerror}): name another with --out"
                 ) from error
+            self._hold = hold(self.folder)
             self.write("run.yaml", yaml.safe_dump(plain(self.settings), sort_keys=False, allow_unicode=True))
 
     def _check_same(self, record: Path) -> None:
