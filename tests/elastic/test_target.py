@@ -6,7 +6,8 @@ import torch
 from nestling.anatomy import Anatomy
 from nestling.cost import cost_of_form
 from nestling.elastic.bill import Bill
-from nestling.elastic.target import TOLERANCE, Target, harden, project
+from nestling.elastic.harden import TOLERANCE, harden
+from nestling.elastic.target import Target, project
 from nestling.errors import TargetError
 from nestling.shape import fit
 from tests.elastic.toy import random_logits, sorted_parent, space_of

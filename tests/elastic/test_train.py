@@ -137,7 +137,7 @@ def test_noise_is_a_function_of_its_arguments_and_leaves_the_generator_alone():
     model, ranking = sorted_parent("llama")
     space, state = space_of(model, ranking), torch.get_rng_state()
     noise = gumbel(space, 0, 3, 1)
-    Router(space, 2, seed=5)
+    Router(space, [noise], seed=5)
     assert torch.equal(torch.get_rng_state(), state)
     for field, value in gumbel(space, 0, 3, 1).items():
         assert torch.equal(value, noise[field])

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from nestling.anatomy import Anatomy
 from nestling.elastic.bill import Bill
+from nestling.elastic.harden import fill
 from nestling.elastic.space import Space
-from nestling.elastic.target import Target, fill
+from nestling.elastic.target import Target
 from nestling.errors import TargetError
 from nestling.shape import Shape
 

@@ -18,13 +18,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nestling import processes
 from nestling.anatomy import decoder, logits_head
+from nestling.elastic.harden import harden
 from nestling.elastic.member import Member
+from nestling.elastic.prior import even
 from nestling.elastic.router import Router, gumbel, relaxed
 from nestling.elastic.settings import WHOLE, ElasticSettings
 from nestling.elastic.soft import Softened
-from nestling.elastic.space import Space
-from nestling.elastic.target import Target, harden, project
+from nestling.elastic.space import PerChoice, PerRow, Space
+from nestling.elastic.target import Target, project
+from nestling.evaluate.score import token_losses
 from nestling.ranking import Ranking
 from nestling.surgery.choose import choose
 from nestling.train import Head, Learner, Objective, logit_losses, model_inputs, recompute, recomputes
@@ -52,7 +56,8 @@ class _Step:
 class ElasticLearner(Learner):
     """A sorted parent, its router, and the shapes once they are fixed.
 
-    shapes: sizes `[rows]` by knob for each budget, to train without a router.
+    shapes: sizes `[rows]` by knob for each budget, to train without a router. losses: what every choice is expected to
+    lose, for each budget (see `prior`); `even` unless given. text: batches to settle between shapes on.
     """
 
     def __init__(
@@ -62,10 +67,15 @@ class ElasticLearner(Learner):
         plan: Plan,
         settings: ElasticSettings,
         shapes: Sequence[Mapping[str, Tensor]] | None = None,
+        losses: Sequence[PerChoice] | None = None,
+        text: Sequence[Mapping[str, Any]] = (),
     ):
         super().__init__(parent, teacher)
         self.plan, self.settings = plan, settings
-        self.router = Router(plan.space, len(plan.targets), seed=settings.seed)
+        self.text = text
+        self.router = Router(
+            plan.space, losses or [even(plan.space, target) for target in plan.targets], seed=settings.seed
+        )
         self.rates = {"router.": settings.router_learning_rate / settings.learning_rate}
         rows = sum(len(knob.rows) for knob in plan.space.knobs.values())
         self.sizes: Tensor
@@ -93,14 +103,38 @@ class ElasticLearner(Learner):
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Fix every member's shape: the router's wish, without noise, that keeps the budget."""
-        shapes: list[dict[str, Tensor]] = [{}] * len(self.plan.targets)
-        larger: dict[str, Tensor] | None = None
+        """Fix every member's shape, on its budget: the one that loses least by the text of three.
+
+        They are what the router wishes for, without noise, what was known before it learned, and the same part of
+        every axis. Without text it is the router's.
+        """
+        found = processes.tensors(lambda: {str(number): sizes for number, sizes in enumerate(self._settled())})
+        counts = [len(knob.rows) for knob in self.plan.space.knobs.values()]
+        rows = [found[str(number)].cpu().split(counts) for number in range(len(self.plan.targets))]
+        self._fix([dict(zip(self.plan.space.knobs, row, strict=True)) for row in rows])
+
+    def _settled(self) -> list[Tensor]:
+        space, shapes, larger = self.plan.space, [torch.zeros(0)] * len(self.plan.targets), None
         for number in self.by_size():
-            logits = self.router(number, self.settings.scale_end if self.settings.routing else 1.0)
-            larger_one = larger if self.settings.chain else None
-            shapes[number] = larger = harden(self.plan.space, self.plan.targets[number], _on_cpu(logits), larger_one)
-        self._fix(shapes)
+            target = self.plan.targets[number]
+            scale = self.settings.scale_end if self.settings.routing else 1.0
+            wishes = [self.router(number, scale)]
+            if self.text:
+                wishes += [self.router.known(number), {field: -loss for field, loss in even(space, target).items()}]
+            on_budget = [
+                harden(space, target, _on_cpu(wish), larger if self.settings.chain else None) for wish in wishes
+            ]
+            best = min(on_budget, key=self._loss) if self.text else on_budget[0]
+            shapes[number], larger = torch.cat([best[field] for field in space.knobs]), best
+        return shapes
+
+    def _loss(self, chosen: PerRow) -> float:
+        """Nats per token of a member with these sizes, on the text."""
+        space = self.plan.space
+        member = Member(self.student, choose(space.anatomy, self.plan.ranking, space.shape(chosen)))
+        ids = [batch["input_ids"].to(self.student.device) for batch in self.text]
+        losses = [token_losses(member.model, part[:, :-1], part[:, 1:]).double().sum().item() for part in ids]
+        return sum(losses) / sum(part[:, 1:].numel() for part in ids)
 
     def by_size(self) -> list[int]:
         """The budgets, largest first."""

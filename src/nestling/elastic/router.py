@@ -7,6 +7,7 @@ spread and the lack of biases follow the code that was released with it. What be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,31 +20,40 @@ from nestling.errors import NestlingError
 MASKS = ("soft", "straight_through", "hard")
 SLOPE = 0.1
 SPREAD = 0.1
+TRUST = 50.0  # logits for a nat of loss that was measured
 
 
 class Router(nn.Module):
-    """Logits of every choice for each of `budgets` budgets.
+    """Logits of every choice for each budget: what a small network has learned, on top of what was known before.
 
+    losses: for each budget what every choice is expected to lose `[rows, choices]`, in nats; see `prior`.
     seed: of the initial weights; the generator that everything else uses is left alone.
     """
 
-    def __init__(self, space: Space, budgets: int, width: int = 128, seed: int = 0):
+    def __init__(self, space: Space, losses: Sequence[PerChoice], width: int = 128, seed: int = 0):
         super().__init__()
+        budgets = len(losses)
         self._shapes = {field: tuple(knob.sizes.shape) for field, knob in space.knobs.items()}
         generator = torch.Generator().manual_seed(seed)
 
         def weight(*size: int) -> nn.Parameter:
             return nn.Parameter(SPREAD * torch.randn(*size, generator=generator))
 
+        for field in self._shapes:
+            known = -TRUST * torch.stack([loss[field] for loss in losses])
+            self.register_buffer(f"known_{field}", known)
         self.inner = nn.ParameterDict({field: weight(width, budgets) for field in self._shapes})
         self.outer = nn.ParameterDict({f: weight(rows * choices, width) for f, (rows, choices) in self._shapes.items()})
 
     def forward(self, budget: int, scale: float = 1.0) -> dict[str, Tensor]:
-        """Logits `[rows, choices]` for each knob, times the schedule's scale."""
-        return {
-            field: scale * (self.outer[field] @ F.leaky_relu(self.inner[field][:, budget], SLOPE)).view(shape)
-            for field, shape in self._shapes.items()
-        }
+        """Logits `[rows, choices]` for each knob, what was learned times the schedule's scale."""
+        known = self.known(budget)
+        learned = {f: self.outer[f] @ F.leaky_relu(self.inner[f][:, budget], SLOPE) for f in self._shapes}
+        return {field: known[field] + scale * learned[field].view(self._shapes[field]) for field in self._shapes}
+
+    def known(self, budget: int) -> dict[str, Tensor]:
+        """The part of the logits that nothing has been learned for: `[rows, choices]` for each knob."""
+        return {field: getattr(self, f"known_{field}")[budget] for field in self._shapes}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,9 @@ class ElasticSettings(TrainSettings):
         axes: Config fields that may be cut; all of them unless given.
         chain: Nest every member in the next larger one too, not only in the parent.
         routing: Part of the steps in which the router learns, under masks; shapes are fixed afterwards and members run
-            on slices. 0 takes the shapes the router starts with, about the same part of every axis.
+            on slices. 0 takes the shapes the router starts with.
+        probe_tokens: Tokens on which every axis is tried at smaller sizes to find what the router starts with; 0 starts
+            at about the same part of every axis.
         masks: While the router learns: soft, straight_through or hard.
         router_learning_rate: Peak of the router's learning rate.
         tau_start: First temperature of the router's softmax.
@@ -50,6 +52,7 @@ class ElasticSettings(TrainSettings):
     axes: str | list[str] = ""
     chain: bool = False
     routing: float = 0.3
+    probe_tokens: int = 2048
     masks: str = "soft"
     router_learning_rate: float = 1e-2
     tau_start: float = 1.0

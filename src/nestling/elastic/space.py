@@ -19,7 +19,7 @@ from torch import Tensor
 from nestling.anatomy import Anatomy, Axis
 from nestling.elastic.bill import Sizes, letters_of, whole
 from nestling.errors import ShapeError
-from nestling.shape import Shape, fit
+from nestling.shape import Shape, allows, fit
 
 # Parts of the parent's size on offer, and the smallest of them; tried in turn until the smallest budget is in reach.
 STEPS = 8
@@ -216,11 +216,7 @@ class Space:
 
     def allowed(self, letter_sizes: Mapping[str, int]) -> bool:
         """Whether the config class takes these letter sizes, in all layers alike."""
-        try:
-            fit(self.anatomy, {field: self._counted(field, size) for field, size in letter_sizes.items()})
-        except ShapeError:
-            return False
-        return True
+        return allows(self.anatomy, {field: self._counted(field, size) for field, size in letter_sizes.items()})
 
     def _counted(self, field: str, size: int) -> int:
         axis, sizes = self.anatomy.axis(field), self.anatomy.sizes(None)

@@ -10,21 +10,26 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 import datasets
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nestling import processes
 from nestling.anatomy import Anatomy
 from nestling.data import calibration
 from nestling.elastic.bill import Bill
 from nestling.elastic.family import Entry, Family, sorted_order
+from nestling.elastic.harden import harden
 from nestling.elastic.learner import ElasticLearner, Plan
+from nestling.elastic.prior import probed
 from nestling.elastic.settings import ElasticSettings, listed
-from nestling.elastic.space import FLOORS, Space
-from nestling.elastic.target import Target, harden
+from nestling.elastic.space import FLOORS, PerChoice, Space
+from nestling.elastic.target import Target
 from nestling.elastic.timed import Latency
 from nestling.errors import TargetError, UnsupportedArchitecture
 from nestling.ranking import Ranking, rank
@@ -66,12 +71,15 @@ def train(
     if not isinstance(data, (str, Path, datasets.Dataset)):
         data = data if isinstance(data, Sequence) else list(data)
     if ranking is None:
-        ranking = rank(model, _calibration(model, data, tokenizer, settings), layers="kl", progress=progress)
+        text = _calibration(model, data, tokenizer, settings, CALIBRATION_TOKENS)
+        ranking = rank(model, text, layers="kl", progress=progress)
     teacher = copy.deepcopy(model) if settings.teacher == "frozen" else None
     order = importance(anatomy, reorder(model, ranking))
     plan = make_plan(anatomy, order, budgets, settings, latency)
     fixed = None if shapes is None else [plan.space.sizes_of(shapes[budget]) for budget in budgets]
-    learner = ElasticLearner(model, teacher, plan, settings, fixed)
+    probes = _calibration(model, data, tokenizer, settings, 0 if shapes else settings.probe_tokens, generated=0.0)
+    losses = _priors(model, plan, probes, run_dir and Path(run_dir), resume)
+    learner = ElasticLearner(model, teacher, plan, settings, fixed, losses, probes)
     fit(learner, data, tokenizer, settings, run_dir and Path(run_dir), resume)
     if not learner.settled:
         learner.settle()
@@ -153,15 +161,44 @@ def _second_stage(
     return learner
 
 
+def _priors(
+    model: PreTrainedModel, plan: Plan, text: list[dict[str, Any]], folder: Path | None, resume: bool
+) -> list[PerChoice] | None:
+    """What every choice loses, the same for each budget; kept in the folder, as it is read off the untrained model."""
+    if not text:
+        return None
+    path = folder and folder / "probes.safetensors"
+
+    def made() -> dict[str, Tensor]:
+        if path and path.exists() and resume:
+            return load_file(path)
+        found = probed(model, plan.space, text)
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(found, path)
+        return found
+
+    return [processes.tensors(made)] * len(plan.targets)
+
+
 def _calibration(
-    model: PreTrainedModel, data: Any, tokenizer: PreTrainedTokenizerBase | None, settings: ElasticSettings
-) -> Iterable[Mapping[str, Any]]:
+    model: PreTrainedModel,
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: ElasticSettings,
+    tokens: int,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Batches of the data, about as many tokens."""
+    if not tokens or (isinstance(data, (str, Path)) and tokenizer is None):
+        return []
     if isinstance(data, (str, Path)):
-        if tokenizer is None:
-            return []
         length = min(settings.context, 256)
-        return calibration(model, tokenizer, data, tokens=CALIBRATION_TOKENS, context=length, seed=settings.seed)
+        return calibration(model, tokenizer, data, tokens=tokens, context=length, seed=settings.seed, **options)
     if isinstance(data, datasets.Dataset):
         rows = data.select(range(min(32, len(data)))).with_format("torch")
-        return [{"input_ids": row["input_ids"][None]} for row in rows]
-    return list(islice(data, 8))
+        batches = [{"input_ids": row["input_ids"][None]} for row in rows]
+    else:
+        batches = list(islice(data, 8))
+    ends = accumulate(batch["input_ids"].numel() for batch in batches)
+    return [batch for batch, end in zip(batches, ends, strict=True) if end - batch["input_ids"].numel() < tokens]

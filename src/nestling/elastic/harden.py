@@ -1,0 +1,300 @@
+"""Sizes on a budget: what a router wishes for, as far as the budget allows, and then to the unit.
+
+With V the sum of the wishes (logits) of the chosen sizes and C what they use of the budget, `harden` looks for sizes
+that are best by V - mu C for some mu, row by row until none changes, with mu halved in on the budget. Of those near it
+each is brought onto it by `fill`, which moves single units where the wishes lose least, and the best is taken. The
+wish for a size that is not on the lists lies on a straight line between its neighbours'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nestling.elastic.prior import even
+from nestling.elastic.space import PerChoice, PerRow, Space
+from nestling.elastic.target import Target
+from nestling.errors import TargetError
+from nestling.shape import allows
+
+TOLERANCE = 0.01  # what a member may differ from its budget
+CLOSE = 0.0025  # what ends the search for something closer
+HALVINGS = 12  # of the range of mu
+NEAR = 0.25  # of the budget, how far off sizes may be that are filled up or cut back
+TRIED = 6  # of them
+SWEEPS = 8
+TIE = 1e-4  # part that the wish for evenness has, which decides where there is no other
+MOST_MU = 1e9
+SNAP = 65  # how far a size moves for the config's sake
+PAIRED = 24  # rows of which pairs are tried
+
+
+def harden(
+    space: Space, target: Target, logits: PerChoice, at_most: PerRow | None = None, exact: bool = True
+) -> dict[str, Tensor]:
+    """Sizes `[rows]` on the budget that follow the logits as far as it allows.
+
+    at_most: sizes of a larger member in which this one shall be nested. exact: also move single units off the lists.
+    Raises `TargetError` when nothing within 1 % of the budget is found.
+    """
+    with torch.no_grad():
+        most, evenly = dict(at_most or space.largest()), even(space, target)
+        wishes = Wishes.of(space, {field: value - TIE * evenly[field] for field, value in logits.items()})
+        found = _near(space, target, wishes, most)
+        return _filled(space, target, wishes, most, found) if exact else found[0]
+
+
+def _filled(
+    space: Space, target: Target, wishes: Wishes, most: PerRow, found: list[dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The best of the first few that can be brought onto the budget; of all, and harder, if none of them can."""
+    problem = TargetError(f"no sizes near the budget {target.name} were found: allow more axes")
+    for few, pairs in ((TRIED, False), (len(found), True)):
+        done = []
+        for sizes in found[:few]:
+            chosen = {field: value.clone() for field, value in sizes.items()}
+            try:
+                fill(space, target, chosen, most, wishes=wishes, pairs=pairs)
+            except TargetError as error:
+                problem = error
+            else:
+                done.append(chosen)
+            if done and pairs:
+                break
+        if done:
+            return max(done, key=wishes)
+    raise problem
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """Logits `[rows, choices]` of each knob as a function of its sizes, listed or not."""
+
+    sizes: PerChoice
+    logits: PerChoice
+
+    @classmethod
+    def of(cls, space: Space, logits: PerChoice) -> Wishes:
+        return cls({f: knob.sizes for f, knob in space.knobs.items()}, {f: v.double() for f, v in logits.items()})
+
+    def __call__(self, chosen: PerRow) -> float:
+        """The sum over all rows."""
+        return sum(self.of_size(f, row, int(size)) for f, sizes in chosen.items() for row, size in enumerate(sizes))
+
+    def of_size(self, field: str, row: int, size: int) -> float:
+        """Between two listed sizes, the line between their logits; outside them, the nearest one's."""
+        sizes, logits = self.sizes[field][row], self.logits[field][row]
+        below = int((sizes > size).sum())  # the first listed that is not larger
+        if below == 0 or below == len(sizes):
+            return logits[min(below, len(sizes) - 1)].item()
+        part = (sizes[below - 1] - size) / (sizes[below - 1] - sizes[below])
+        return (logits[below - 1] + part * (logits[below] - logits[below - 1])).item()
+
+
+def _near(space: Space, target: Target, wishes: Wishes, most: PerRow) -> list[dict[str, Tensor]]:
+    """Listed sizes near the budget, best first by the wishes they can be hoped to have once they are on it."""
+    seen: dict[tuple[int, ...], tuple[float, float, dict[str, Tensor]]] = {}
+
+    def used(mu: float, start: PerRow) -> float:
+        chosen = _best(space, target, wishes, most, mu, start)
+        cost = target(*space.exactly(chosen)).item()
+        seen[_key(chosen)] = wishes(chosen), cost, chosen
+        return cost
+
+    slope = 0.0
+    for start in (_within(space, most), space.smallest()):
+        slope = _halved_in(lambda mu, start=start: used(mu, start) - 1)  # type: ignore[misc]
+    for _, cost, chosen in list(seen.values()):
+        for other in _beside(space, chosen, most) if abs(cost - 1) <= NEAR else ():
+            if _key(other) not in seen:
+                seen[_key(other)] = wishes(other), target(*space.exactly(other)).item(), other
+    gap = min(abs(cost - 1) for _, cost, _ in seen.values())
+    close = [line for line in seen.values() if abs(line[1] - 1) <= max(NEAR, gap)]
+    return [chosen for *_, chosen in sorted(close, key=lambda line: slope * (line[1] - 1) - line[0])]
+
+
+def _key(chosen: PerRow) -> tuple[int, ...]:
+    return tuple(torch.cat([*chosen.values()]).tolist())
+
+
+def _beside(space: Space, chosen: PerRow, most: PerRow) -> Iterator[dict[str, Tensor]]:
+    """Sizes that differ in one row, by one place on its list."""
+    for field, knob in space.knobs.items():
+        for row in range(len(knob.rows)):
+            allowed = _allowed(knob.sizes[row], float(most[field][row])).long().tolist()
+            place = allowed.index(int(chosen[field][row]))
+            for other in (place - 1, place + 1):
+                if 0 <= other < len(allowed):
+                    yield _with(chosen, field, row, allowed[other])
+
+
+def _halved_in(over: Callable[[float], float]) -> float:
+    """Where a falling function of mu passes 0, to `HALVINGS` halvings of a range grown around 0."""
+    step = 1.0 if over(0.0) > 0 else -1.0
+    low = 0.0
+    while over(step) * step > 0 and abs(step) < MOST_MU:
+        low, step = step, 4 * step
+    low, high = sorted((low, step))
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if over(middle) > 0 else (low, middle)
+    return (low + high) / 2
+
+
+def _best(space: Space, target: Target, wishes: Wishes, most: PerRow, mu: float, start: PerRow) -> dict[str, Tensor]:
+    """Listed sizes from which no change of one row gains in V - mu C."""
+    chosen = {field: sizes.clone() for field, sizes in start.items()}
+    for _ in range(SWEEPS):
+        before = torch.cat([*chosen.values()])
+        for field, knob in space.knobs.items():
+            for row in range(len(knob.rows)):
+                allowed = _allowed(knob.sizes[row], int(most[field][row]))
+                costs = _costs(space, target, chosen, field, row, allowed)
+                logits = wishes.logits[field][row, -len(allowed) :]
+                chosen[field][row] = int(allowed[(logits - mu * costs).argmax()])
+        if torch.equal(torch.cat([*chosen.values()]), before):
+            break
+    return chosen
+
+
+def _allowed(sizes: Tensor, most: float) -> Tensor:
+    """The listed sizes up to one; the smallest always."""
+    return sizes[min(int((sizes > most).sum()), len(sizes) - 1) :]
+
+
+def _within(space: Space, most: PerRow) -> dict[str, Tensor]:
+    """The largest listed sizes up to given ones."""
+    return {
+        field: torch.stack(
+            [_allowed(sizes, int(limit))[0] for sizes, limit in zip(knob.sizes, most[field], strict=True)]
+        ).long()
+        for field, knob in space.knobs.items()
+    }
+
+
+def _costs(space: Space, target: Target, chosen: PerRow, field: str, row: int, sizes: Tensor) -> Tensor:
+    """What is used of the budget with each size in a row: on the line between the ends, except for depth."""
+
+    def at(size: Tensor) -> Tensor:
+        return target(*space.exactly(_with(chosen, field, row, int(size))))
+
+    if space.knobs[field].letter is None:
+        return torch.stack([at(size) for size in sizes])
+    if len(sizes) == 1:
+        return torch.zeros(1, dtype=torch.float64)
+    first, last = at(sizes[0]), at(sizes[-1])
+    return last + (first - last) * (sizes - sizes[-1]) / (sizes[0] - sizes[-1])
+
+
+def fill(
+    space: Space,
+    target: Target,
+    chosen: dict[str, Tensor],
+    at_most: PerRow | None = None,
+    at_least: PerRow | None = None,
+    wishes: Wishes | None = None,
+    pairs: bool = True,
+) -> None:
+    """Move sizes by units until the budget is met: the move that leaves least, of equals that with the least loss.
+
+    at_most, at_least: sizes not to go beyond, those on offer unless given. wishes: what a move loses by; its size in
+    proportion unless given. pairs: also move two sizes at once where no single move helps. Raises `TargetError` as
+    `harden` does.
+    """
+    most, least = dict(at_most or space.largest()), dict(at_least or space.smallest())
+    _snap(space, target, chosen, most, least)
+    for grain in (8, 4, 2, 1):
+        while abs(target.of_sizes(space, chosen) - 1) > CLOSE:
+            before = abs(target.of_sizes(space, chosen) - 1)
+            moves = sorted(_moves(space, target, chosen, most, least, grain, wishes), key=lambda move: move[:2])
+            taken = next((move for move in moves if move[0] < before - 1e-9 and _legal(space, chosen, *move[2:])), None)
+            if taken is None:
+                break
+            chosen[taken[2]][taken[3]] = taken[4]
+    if pairs and abs(target.of_sizes(space, chosen) - 1) > CLOSE:
+        _fill_by_pairs(space, target, chosen, most, least)
+    left = target.of_sizes(space, chosen) - 1
+    if abs(left) > TOLERANCE:
+        raise TargetError(
+            f"the budget {target.name} falls between the sizes that this model can take: the nearest is {left:+.1%} "
+            f"off, ask for that or allow more axes"
+        )
+
+
+def _snap(space: Space, target: Target, chosen: dict[str, Tensor], most: PerRow, least: PerRow) -> None:
+    """Sizes that the config class refuses together: move one of those with one decision to the nearest it takes."""
+    if _legal(space, chosen):
+        return
+    single = [field for field, knob in space.knobs.items() if len(knob.rows) == 1 and knob.letter is not None]
+    for by in range(1, SNAP):
+        for field in single:
+            for size in (int(chosen[field]) - by, int(chosen[field]) + by):
+                if int(least[field]) <= size <= int(most[field]) and _legal(space, chosen, field, 0, size):
+                    chosen[field] = torch.tensor([size])
+                    return
+    raise TargetError(f"no sizes near {dict(space.shape(chosen))} are taken by the config: cut fewer axes")
+
+
+def _fill_by_pairs(space: Space, target: Target, chosen: dict[str, Tensor], most: PerRow, least: PerRow) -> None:
+    """Where no single move helps, for models of few and coarse units: one size a little off, and another to match."""
+    best, pair = abs(target.of_sizes(space, chosen) - 1), None
+    rows = [(field, row) for field, knob in space.knobs.items() for row in range(len(knob.rows))]
+    for field, row in rows[:PAIRED]:
+        for by in (-3, -2, -1, 1, 2, 3):
+            size = int(chosen[field][row]) + by
+            if not int(least[field][row]) <= size <= int(most[field][row]):
+                continue
+            moved = _with(chosen, field, row, size)
+            for found in sorted(_moves(space, target, moved, most, least, 1), key=lambda found: found[:2])[:3]:
+                if found[0] < best - 1e-9 and _legal(space, moved, *found[2:]):
+                    best, pair = found[0], _with(moved, *found[2:])
+    chosen.update(pair or {})
+
+
+Move = tuple[float, float, str, int, int]
+
+
+def _moves(
+    space: Space,
+    target: Target,
+    chosen: PerRow,
+    at_most: PerRow,
+    at_least: PerRow,
+    grain: int,
+    wishes: Wishes | None = None,
+) -> list[Move]:
+    """For every row the size that comes closest: (what is left of the gap, what it loses, field, row, size)."""
+    now, moves = target.of_sizes(space, chosen), []
+    for field, knob in space.knobs.items():
+        for row in range(len(knob.rows)):
+            most, least, size = (int(sizes[field][row]) for sizes in (at_most, at_least, chosen))
+            step = grain if size + grain <= most else -grain
+            if grain >= most or size + step < 1:
+                continue
+            slope = (target.of_sizes(space, _with(chosen, field, row, size + step)) - now) / step
+            if slope <= 0:
+                continue
+            units = round((1 - now) / slope / grain) * grain
+            new = min(most, max(least, size + units))
+            if new != size:
+                left = abs(target.of_sizes(space, _with(chosen, field, row, new)) - 1)
+                loss = abs(new / size - 1)
+                if wishes:
+                    loss = wishes.of_size(field, row, size) - wishes.of_size(field, row, new)
+                moves.append((max(left, CLOSE), loss, field, row, new))
+    return moves
+
+
+def _with(chosen: PerRow, field: str, row: int, size: int) -> dict[str, Tensor]:
+    values = chosen[field].clone()
+    values[row] = size
+    return {**chosen, field: values}
+
+
+def _legal(space: Space, chosen: PerRow, field: str = "", row: int = 0, size: int = 0) -> bool:
+    """Whether the config class takes these sizes, one of them changed if a field is named."""
+    sizes = _with(chosen, field, row, size) if field else chosen
+    return allows(space.anatomy, space.shape(sizes), space.kept(sizes))

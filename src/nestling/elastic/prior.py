@@ -1,0 +1,100 @@
+"""What a router wishes for before it has learned: what each size of each axis costs in loss, measured one at a time.
+
+A run of a few hundred steps moves a router's logits less than their noise does, so where it starts is where it ends.
+`probed` runs the parent with one axis of one row at a smaller size and all else whole, and takes the divergence of its
+distributions from the parent's; sizes between those measured are interpolated. Tilted by their cost (`target.project`)
+such logits pick, to first order, the sizes that lose least within a budget. Without text, `even` asks for about the
+same part of every axis. The paper starts at random (Nemotron Elastic, arXiv 2511.16664, section 3.3).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nestling.elastic.soft import Softened
+from nestling.elastic.space import Space
+from nestling.elastic.target import Target
+
+POINTS = 3  # sizes measured of an axis with one decision for all layers
+POINTS_EACH = 2  # and of one with a decision for each layer
+
+
+def even(space: Space, target: Target) -> dict[str, Tensor]:
+    """Losses `[rows, choices]` that make the same part of every axis the best there is for a budget."""
+    weights = torch.ones(len(space.flat_sizes), 1) if target.tilt is None else target.tilt
+    worth = torch.where(weights > 0, weights, 1.0)
+    return space.unpack(worth * (1 - space.flat_sizes / space.flat_sizes[:, :1]) ** 2)
+
+
+@torch.no_grad()
+def probed(
+    model: PreTrainedModel,
+    space: Space,
+    batches: Iterable[Mapping[str, Any]],
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Nats per token that each size of each row loses, all else whole: `[rows, choices]` for each knob, rising.
+
+    model: sorted. progress: told the tokens run since the last call.
+    """
+    softened, whole = Softened(model, space), _whole(space)
+    ids = [batch["input_ids"].to(model.device) for batch in batches]
+    losses = {field: torch.zeros_like(knob.sizes) for field, knob in space.knobs.items()}
+    training = model.training
+    model.eval()
+    for part in ids:
+        wanted = F.log_softmax(model(input_ids=part).logits.float(), -1)
+        for field, row, choice in measured(space):
+            with softened.under(_with_choice(whole, field, row, choice)) as smaller:
+                found = F.log_softmax(smaller(input_ids=part).logits.float(), -1)
+            loss = F.kl_div(found, wanted, reduction="sum", log_target=True).item()
+            losses[field][row, choice] += loss / sum(other.numel() for other in ids)
+            if progress:
+                progress(part.numel())
+    model.train(training)
+    return {field: _between(knob.sizes, losses[field], space, field) for field, knob in space.knobs.items()}
+
+
+def measured(space: Space) -> Iterator[tuple[str, int, int]]:
+    """The sizes that are run: knob, row, choice."""
+    for field, knob in space.knobs.items():
+        for row in range(len(knob.rows)):
+            for choice in _points(*knob.sizes.shape):
+                yield field, row, choice
+
+
+def _points(rows: int, choices: int) -> list[int]:
+    """Which choices of a knob are run, the smallest among them."""
+    count = min(POINTS if rows == 1 else POINTS_EACH, choices - 1)
+    return [round((choices - 1) * (i + 1) / count) for i in range(count)]
+
+
+def _whole(space: Space) -> dict[str, Tensor]:
+    first = {field: torch.zeros_like(knob.sizes) for field, knob in space.knobs.items()}
+    for value in first.values():
+        value[:, 0] = 1
+    return first
+
+
+def _with_choice(chances: Mapping[str, Tensor], field: str, row: int, choice: int) -> dict[str, Tensor]:
+    changed = chances[field].clone()
+    changed[row] = 0
+    changed[row, choice] = 1
+    return {**chances, field: changed}
+
+
+def _between(sizes: Tensor, losses: Tensor, space: Space, field: str) -> Tensor:
+    """Losses `[rows, choices]` between those measured, on straight lines over the size; never falling."""
+    filled = losses.clone()
+    points = [0, *_points(*sizes.shape)]
+    for low, high in itertools.pairwise(points):
+        part = (sizes[:, low, None] - sizes[:, low:high]) / (sizes[:, low] - sizes[:, high])[:, None]
+        filled[:, low:high] = losses[:, low, None] + part * (losses[:, high] - losses[:, low])[:, None]
+    return filled.cummax(-1).values
