@@ -1,13 +1,16 @@
 """Sizes on a budget: what a router wishes for, as far as the budget allows, and then to the unit.
 
-With V the sum of the wishes (logits) of the chosen sizes and C what they use of the budget, `harden` looks for sizes
-that are best by V - mu C for some mu, row by row until none changes, with mu halved in on the budget. Of those near it
-each is brought onto it by `fill`, which moves single units where the wishes lose least, and the best is taken. The
-wish for a size that is not on the lists lies on a straight line between its neighbours'.
+With V the sum of the wishes (logits) of the chosen sizes and C what they use of the budget, `harden` looks at all
+choices near the budget where there are few; else at those that are best by V - mu C for some mu, row by row until none
+changes, with mu halved in on the budget. Each of the most promising is brought onto the budget by `fill`, which moves
+single units where the wishes lose least, and the best is taken. The wish for a size that is not on the lists lies on a
+straight line between its neighbours'.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -25,6 +28,7 @@ CLOSE = 0.0025  # what ends the search for something closer
 HALVINGS = 12  # of the range of mu
 NEAR = 0.25  # of the budget, how far off sizes may be that are filled up or cut back
 TRIED = 6  # of them
+EVERY = 8000  # choices that are all looked at, rather than the best for some mu
 SWEEPS = 8
 TIE = 1e-4  # part that the wish for evenness has, which decides where there is no other
 MOST_MU = 1e9
@@ -42,31 +46,35 @@ def harden(
     """
     with torch.no_grad():
         most, evenly = dict(at_most or space.largest()), even(space, target)
-        wishes = Wishes.of(space, {field: value - TIE * evenly[field] for field, value in logits.items()})
+        tied = {field: TIE * value for field, value in evenly.items()}
+        wishes = Wishes.of(space, {field: value - tied[field] for field, value in logits.items()})
         found = _near(space, target, wishes, most)
-        return _filled(space, target, wishes, most, found) if exact else found[0]
+        if not exact:
+            return found[0]
+        problem = TargetError(f"no sizes near the budget {target.name} were found: allow more axes")
+        for attempt in range(3):
+            pairs, done = attempt > 0, []
+            if attempt == 2:
+                evenly = {field: -value for field, value in evenly.items()}
+                found = _near(space, target, Wishes.of(space, evenly), most)
+            for sizes in found[:TRIED] if attempt < 2 else found:
+                try:
+                    done.append(_filled(space, target, wishes, most, sizes, pairs))
+                except TargetError as error:
+                    problem = error
+                if done and pairs:
+                    break
+            if done:
+                return max(done, key=wishes)
+    raise problem
 
 
 def _filled(
-    space: Space, target: Target, wishes: Wishes, most: PerRow, found: list[dict[str, Tensor]]
+    space: Space, target: Target, wishes: Wishes, most: PerRow, sizes: PerRow, pairs: bool
 ) -> dict[str, Tensor]:
-    """The best of the first few that can be brought onto the budget; of all, and harder, if none of them can."""
-    problem = TargetError(f"no sizes near the budget {target.name} were found: allow more axes")
-    for few, pairs in ((TRIED, False), (len(found), True)):
-        done = []
-        for sizes in found[:few]:
-            chosen = {field: value.clone() for field, value in sizes.items()}
-            try:
-                fill(space, target, chosen, most, wishes=wishes, pairs=pairs)
-            except TargetError as error:
-                problem = error
-            else:
-                done.append(chosen)
-            if done and pairs:
-                break
-        if done:
-            return max(done, key=wishes)
-    raise problem
+    chosen = {field: value.clone() for field, value in sizes.items()}
+    fill(space, target, chosen, most, wishes=wishes, pairs=pairs)
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -96,24 +104,43 @@ class Wishes:
 
 def _near(space: Space, target: Target, wishes: Wishes, most: PerRow) -> list[dict[str, Tensor]]:
     """Listed sizes near the budget, best first by the wishes they can be hoped to have once they are on it."""
-    seen: dict[tuple[int, ...], tuple[float, float, dict[str, Tensor]]] = {}
+    lists = [
+        _allowed(sizes, float(limit)).long().tolist()
+        for field, knob in space.knobs.items()
+        for sizes, limit in zip(knob.sizes, most[field], strict=True)
+    ]
+    few = math.prod(map(len, lists)) <= EVERY
+    chosen = [*_every(space, lists)] if few else _by_halving(space, target, wishes, most)
+    costs = torch.stack([target(*space.exactly(sizes)) for sizes in chosen])
+    values = torch.tensor([wishes(sizes) for sizes in chosen], dtype=torch.float64)
+    mu = _halved_in(lambda mu: costs[(values - mu * costs).argmax()].item() - 1)
+    far = (costs - 1).abs()
+    order = (values - mu * (costs - 1)).argsort(descending=True).tolist()
+    return [chosen[i] for i in order if far[i] <= max(NEAR, far.min().item())]
 
-    def used(mu: float, start: PerRow) -> float:
+
+def _every(space: Space, lists: list[list[int]]) -> Iterator[dict[str, Tensor]]:
+    """All choices there are."""
+    counts = [len(knob.rows) for knob in space.knobs.values()]
+    for sizes in itertools.product(*lists):
+        yield dict(zip(space.knobs, torch.tensor(sizes).split(counts), strict=True))
+
+
+def _by_halving(space: Space, target: Target, wishes: Wishes, most: PerRow) -> list[dict[str, Tensor]]:
+    """Sizes that are best for some mu, with mu halved in on the budget, and those a place beside them."""
+    seen: dict[tuple[int, ...], dict[str, Tensor]] = {}
+
+    def over(mu: float, start: PerRow) -> float:
         chosen = _best(space, target, wishes, most, mu, start)
         cost = target(*space.exactly(chosen)).item()
-        seen[_key(chosen)] = wishes(chosen), cost, chosen
-        return cost
+        if abs(cost - 1) <= NEAR:
+            seen.update({_key(other): other for other in _beside(space, chosen, most)})
+        seen[_key(chosen)] = chosen
+        return cost - 1
 
-    slope = 0.0
     for start in (_within(space, most), space.smallest()):
-        slope = _halved_in(lambda mu, start=start: used(mu, start) - 1)  # type: ignore[misc]
-    for _, cost, chosen in list(seen.values()):
-        for other in _beside(space, chosen, most) if abs(cost - 1) <= NEAR else ():
-            if _key(other) not in seen:
-                seen[_key(other)] = wishes(other), target(*space.exactly(other)).item(), other
-    gap = min(abs(cost - 1) for _, cost, _ in seen.values())
-    close = [line for line in seen.values() if abs(line[1] - 1) <= max(NEAR, gap)]
-    return [chosen for *_, chosen in sorted(close, key=lambda line: slope * (line[1] - 1) - line[0])]
+        _halved_in(lambda mu, start=start: over(mu, start))  # type: ignore[misc]
+    return list(seen.values())
 
 
 def _key(chosen: PerRow) -> tuple[int, ...]:

@@ -78,7 +78,7 @@ def train(
     plan = make_plan(anatomy, order, budgets, settings, latency)
     fixed = None if shapes is None else [plan.space.sizes_of(shapes[budget]) for budget in budgets]
     probes = _calibration(model, data, tokenizer, settings, 0 if shapes else settings.probe_tokens, generated=0.0)
-    losses = _priors(model, plan, probes, run_dir and Path(run_dir), resume)
+    losses = _priors(model, plan, probes, Path(run_dir) if run_dir else None, resume)
     learner = ElasticLearner(model, teacher, plan, settings, fixed, losses, probes)
     fit(learner, data, tokenizer, settings, run_dir and Path(run_dir), resume)
     if not learner.settled:
@@ -190,9 +190,11 @@ def _calibration(
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Batches of the data, about as many tokens."""
-    if not tokens or (isinstance(data, (str, Path)) and tokenizer is None):
+    if not tokens:
         return []
     if isinstance(data, (str, Path)):
+        if tokenizer is None:
+            return []
         length = min(settings.context, 256)
         return calibration(model, tokenizer, data, tokens=tokens, context=length, seed=settings.seed, **options)
     if isinstance(data, datasets.Dataset):
