@@ -18,7 +18,7 @@ from nestling.budget import Budget
 from nestling.cost import Cost, cost_of_form
 from nestling.errors import ShapeError
 from nestling.ranking import Ranking
-from nestling.shape import Form, Shape, Value, fit
+from nestling.shape import Form, Shape, Value, allows, fit
 from nestling.surgery.choose import kept_layers
 
 Latency = Callable[[Form], float]
@@ -206,9 +206,11 @@ def fillers(anatomy: Anatomy) -> list[str]:
 
 
 def allowed(pricing: Pricing, shape: Mapping[str, Value], check_config: bool = True) -> bool:
-    """Whether a shape can be cut, and the architecture's config class takes it."""
+    """Whether a shape can be cut, and, unless that is left out, whether the architecture's config class takes it."""
     try:
-        pricing.form(shape, check_config)
+        if check_config:
+            return allows(pricing.anatomy, shape, pricing.layers(shape))
+        pricing.form(shape, check_config=False)
     except ShapeError:
         return False
     return True
