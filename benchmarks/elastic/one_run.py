@@ -1,10 +1,10 @@
 """One elastic run for three members against one prune + distill run for each, on the same tokens.
 
-The parent is a dense decoder of 0.7 M parameters, pretrained here on the source of the running Python. `elastic` trains
-0.75x and 0.5x members and the parent together on T tokens. `separate` prunes the parent by the same ranking to the very
-shape that the router found and distills it on T tokens, on T/2 and on T/4; `uniform` and `random` are elastic runs with
-shapes that no router chose, both of the same budgets. Losses are of held-out text, nats per token; seconds are
-processor time.
+The parent is a dense decoder of 0.7 M parameters, pretrained here on 1.28 M tokens of the source of the running Python.
+`elastic` trains 0.75x and 0.5x members and the parent together on T tokens. `separate` prunes the parent by the same
+ranking to the very shape that the router found and distills it on T tokens, on T/2 and on T/4; `uniform` and `random`
+are elastic runs with shapes that no router chose, both of the same budgets. Losses are of held-out text, nats per
+token; seconds are processor time.
 
     python -m benchmarks.elastic.one_run [--work runs/elastic] [--seeds 0 1]
 
@@ -57,7 +57,7 @@ FIELDS = {
 BUDGETS = ("0.75x", "0.5x")
 ROWS = {"context": 128, "batch_size": 4, "micro_batch_size": 4, "save_every": 0}
 TOKENS = ROWS["context"] * ROWS["batch_size"]
-PARENT_STEPS = 600
+PARENT_STEPS = 2500
 RATE = 1e-3
 CONTROLS = ("uniform", "random")
 PARTS = (1.0, 0.5, 0.25)  # of the elastic run's tokens, for separate runs
