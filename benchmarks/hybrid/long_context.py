@@ -105,8 +105,8 @@ def decode(model: PreTrainedModel, cache: Any, tokens: int) -> float:
     return (time.perf_counter() - start) / tokens
 
 
-def measured(models: dict[str, PreTrainedModel], context: int, rounds: int, tokens: int) -> list[dict[str, Any]]:
-    """Tokens per second of each model after a context, round by round, the order turned every time."""
+def in_turn(models: dict[str, PreTrainedModel], context: int, rounds: int, tokens: int) -> dict[str, list[float]]:
+    """Seconds per token of each model after a context in each round; the order is turned every time."""
     caches = {name: filled(model, context) for name, model in models.items()}
     taken: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(rounds + 1):
@@ -114,7 +114,12 @@ def measured(models: dict[str, PreTrainedModel], context: int, rounds: int, toke
             seconds = decode(models[name], caches[name], tokens)
             if turn:
                 taken[name].append(seconds)
-    rows = []
+    return taken
+
+
+def measured(models: dict[str, PreTrainedModel], context: int, rounds: int, tokens: int) -> list[dict[str, Any]]:
+    """Tokens per second of each model after a context, round by round, the order turned every time."""
+    taken, rows = in_turn(models, context, rounds, tokens), []
     for name, model in models.items():
         price = cost(model, context=context)
         rows.append(

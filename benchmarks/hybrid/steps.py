@@ -13,7 +13,7 @@ import copy
 import time
 from statistics import median
 
-from benchmarks.hybrid.long_context import built, decode, filled
+from benchmarks.hybrid.long_context import built, decode, filled, in_turn
 from benchmarks.record import Record, Row, claim, show
 from transformers import PreTrainedModel, set_seed
 
@@ -44,13 +44,7 @@ def measured(name: str, model: PreTrainedModel, contexts: list[int], rounds: int
         decode(ways["compiled"], filled(ways["compiled"], contexts[0]), 3)
         compiling = time.perf_counter() - start
         for context in contexts:
-            caches = {way: filled(each, context) for way, each in ways.items()}
-            taken: dict[str, list[float]] = {way: [] for way in ways}
-            for turn in range(rounds + 1):
-                for way in sorted(ways, reverse=turn % 2 == 1):
-                    seconds = decode(ways[way], caches[way], tokens)
-                    if turn:
-                        taken[way].append(seconds)
+            taken = in_turn(ways, context, rounds, tokens)
             ratios = [round(a / b, 3) for a, b in zip(taken["stock"], taken["compiled"], strict=True)]
             row = {"what": name, "context": context, "ms": round(1e3 * median(taken["stock"]), 2)}
             row |= {"compiled_ms": round(1e3 * median(taken["compiled"]), 2), "compiling_s": round(compiling, 1)}

@@ -36,21 +36,17 @@ SNAP = 65  # how far a size moves for the config's sake
 PAIRED = 24  # rows of which pairs are tried
 
 
-def harden(
-    space: Space, target: Target, logits: PerChoice, at_most: PerRow | None = None, exact: bool = True
-) -> dict[str, Tensor]:
+def harden(space: Space, target: Target, logits: PerChoice, at_most: PerRow | None = None) -> dict[str, Tensor]:
     """Sizes `[rows]` on the budget that follow the logits as far as it allows.
 
-    at_most: sizes of a larger member in which this one shall be nested. exact: also move single units off the lists.
-    Raises `TargetError` when nothing within 1 % of the budget is found.
+    at_most: sizes of a larger member in which this one shall be nested. Raises `TargetError` when nothing within 1 % of
+    the budget is found.
     """
     with torch.no_grad():
         most, evenly = dict(at_most or space.largest()), even(space, target)
         tied = {field: TIE * value for field, value in evenly.items()}
         wishes = Wishes.of(space, {field: value - tied[field] for field, value in logits.items()})
         found = _near(space, target, wishes, most)
-        if not exact:
-            return found[0]
         problem = TargetError(f"no sizes near the budget {target.name} were found: allow more axes")
         for attempt in range(3):
             pairs, done = attempt > 0, []

@@ -10,7 +10,7 @@ same part of every axis. The paper starts at random (Nemotron Elastic, arXiv 251
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nestling.anatomy.bypass import evaluating
 from nestling.elastic.soft import Softened
 from nestling.elastic.space import Space
 from nestling.elastic.target import Target
@@ -34,32 +35,23 @@ def even(space: Space, target: Target) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def probed(
-    model: PreTrainedModel,
-    space: Space,
-    batches: Iterable[Mapping[str, Any]],
-    progress: Callable[[int], None] | None = None,
-) -> dict[str, Tensor]:
+def probed(model: PreTrainedModel, space: Space, batches: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Nats per token that each size of each row loses, all else whole: `[rows, choices]` for each knob, rising.
 
-    model: sorted. progress: told the tokens run since the last call.
+    model: sorted.
     """
     softened, whole = Softened(model, space), _whole(space)
     ids = [batch["input_ids"].to(model.device) for batch in batches]
     losses = {field: torch.zeros_like(knob.sizes) for field, knob in space.knobs.items()}
-    training = model.training
-    model.eval()
-    for part in ids:
-        wanted = F.log_softmax(model(input_ids=part).logits.float(), -1)
-        for field, row, choice in measured(space):
-            with softened.under(_with_choice(whole, field, row, choice)) as smaller:
-                found = F.log_softmax(smaller(input_ids=part).logits.float(), -1)
-            loss = F.kl_div(found, wanted, reduction="sum", log_target=True).item()
-            losses[field][row, choice] += loss / sum(other.numel() for other in ids)
-            if progress:
-                progress(part.numel())
-    model.train(training)
-    return {field: _between(knob.sizes, losses[field], space, field) for field, knob in space.knobs.items()}
+    with evaluating(model):
+        for part in ids:
+            wanted = F.log_softmax(model(input_ids=part).logits.float(), -1)
+            for field, row, choice in measured(space):
+                with softened.under(_with_choice(whole, field, row, choice)) as smaller:
+                    found = F.log_softmax(smaller(input_ids=part).logits.float(), -1)
+                losses[field][row, choice] += F.kl_div(found, wanted, reduction="sum", log_target=True).item()
+    tokens = sum(part.numel() for part in ids)
+    return {field: _between(knob.sizes, losses[field] / tokens) for field, knob in space.knobs.items()}
 
 
 def measured(space: Space) -> Iterator[tuple[str, int, int]]:
@@ -90,7 +82,7 @@ def _with_choice(chances: Mapping[str, Tensor], field: str, row: int, choice: in
     return {**chances, field: changed}
 
 
-def _between(sizes: Tensor, losses: Tensor, space: Space, field: str) -> Tensor:
+def _between(sizes: Tensor, losses: Tensor) -> Tensor:
     """Losses `[rows, choices]` between those measured, on straight lines over the size; never falling."""
     filled = losses.clone()
     points = [0, *_points(*sizes.shape)]

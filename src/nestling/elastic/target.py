@@ -6,11 +6,9 @@ variable mu,
 
     pi = softmax((z - mu * w * size / full) / tau)    mu such that C(E[sizes]) = C_hat,
 
-with w what a row weighs in the cost (`Target.tilt`), so that what costs little is not cut first,
-
-which exists and is unique because cost rises with every size; gradients flow through mu too (implicit function
-theorem), so a router only ever learns to move along the budget. Sizes at the end are found by
-`nestling.elastic.harden`.
+which exists and is unique because cost rises with every size; w is what a row weighs in the cost (`Target.tilt`), so
+that what costs little is not cut first. Gradients flow through mu too (implicit function theorem), so a router only
+ever learns to move along the budget. Sizes at the end are found by `nestling.elastic.harden`.
 """
 
 from __future__ import annotations
@@ -69,8 +67,8 @@ class Target:
 
     def on(self, space: Space) -> Target:
         """The target for choices of a space: rows have their weights in it, and latency its law."""
-        law = None if self.latency is None else Law.of(space, self.bill, self.latency)
-        target = replace(self, law=law if LATENCY in self.limits else None)
+        timed = LATENCY in self.limits and self.latency is not None
+        target = replace(self, law=Law.of(space, self.bill, self.latency)) if timed else self  # type: ignore[arg-type]
         return replace(target, tilt=_tilt(space, target))
 
     def __call__(self, sizes: Sizes, gates: Tensor) -> Tensor:
