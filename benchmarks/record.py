@@ -1,7 +1,8 @@
 """What a benchmark leaves behind: rows, each kept as soon as it is there, and claims over them.
 
 `benchmarks/results/<area>/<name>.json` holds the command, commit, versions, rows and claims. A row that is there is not
-computed again, so a long benchmark may be interrupted or split over several sittings. Knows nothing of what it is of.
+computed again, so a long benchmark may be interrupted or split over several sittings; each row says which commit it is
+of. Knows nothing of what it is of.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class Record:
         """The row with that key, made and kept unless it is there."""
         found = self.find(**key)
         if found is None:
-            started = time.perf_counter()
-            figures = make()
+            started, at = time.perf_counter(), commit()
+            figures = {"commit": at, **make()}
             found = {**key, **figures, "seconds": round(time.perf_counter() - started, 1)}
             print(found, flush=True)
             self.rows.append(found)
@@ -54,10 +55,9 @@ class Record:
     def save(self, claims: dict[str, Row] | None = None, **more: Any) -> None:
         """Write what there is; claims stay as they are unless given. more: further facts of the whole benchmark."""
         self.claims = self.claims if claims is None else claims
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
         content = {
             "command": self._command(),
-            "commit": commit.stdout.strip(),
+            "commit": commit(),
             "versions": {name: version(name) for name in PACKAGES},
             "seeds": sorted({row["seed"] for row in self.rows if "seed" in row}),
             **more,
@@ -73,6 +73,13 @@ class Record:
         """As it was called, without the folders of this machine."""
         options = [Path(part).name if "/" in part else part for part in sys.argv[1:]]
         return shlex.join(["python", "-m", f"benchmarks.{self.area}.{self.name}", *options])
+
+
+def commit() -> str:
+    """Of the code that runs."""
+    return subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent
+    ).stdout.strip()
 
 
 def claim(values: Sequence[float], seeds: Sequence[int], how: str, unit: str, paper: float | None = None) -> Row:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.record import Record, Row, claim
+from benchmarks.record import Record, Row, claim, commit
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from nestling import evaluate, hub
@@ -100,7 +100,7 @@ def trained(
     folder = work / name
     if (folder / "record.json").exists():
         return json.loads((folder / "record.json").read_text())
-    words, model = tokenizer(work), make()
+    words, model, at = tokenizer(work), make(), commit()
     before, started = held_out(model, words), time.perf_counter()
     chosen, routed = options(steps, seed, rate), hasattr(model.config, "num_experts")
     if routed:
@@ -109,6 +109,7 @@ def trained(
         pretrain(model, DATA, words, PretrainSettings(**chosen), folder)
     found = cost(model, context=CONTEXT)
     record = {
+        "commit": at,
         "run": name,
         "updates": steps,
         "tokens": steps * BATCH * CONTEXT,
