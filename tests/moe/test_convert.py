@@ -1,4 +1,4 @@
-"""Conversions keep the function: dense to mixture, to a finer mixture, and to dense where all gates are even."""
+"""Conversions keep the function: dense to mixture, and to a finer mixture."""
 
 import pytest
 import torch
@@ -6,9 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from nestling.errors import NestlingError, ShapeError, UnsupportedArchitecture
 from nestling.experts import use_fast_experts
-from nestling.moe import mixture_config, split, to_dense, upcycle
-from nestling.ranking import Ranking
-from tests.models import in_float64, logits, random_ranking, tiny, token_batches
+from nestling.moe import mixture_config, split, upcycle
+from tests.models import in_float64, logits, tiny, token_batches
 
 IDS = token_batches(1)[0]["input_ids"]
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -112,21 +111,6 @@ def test_split_experts_compute_the_same(variant):
     assert fine.config.num_experts_per_tok == 2 * model.config.num_experts_per_tok
 
 
-@pytest.mark.parametrize("variant", ["mixtral", "granitemoe"])
-def test_a_mixture_of_equal_gates_is_its_dense_model(variant):
-    model = tiny(variant)
-    field, scores = "num_local_experts", torch.tensor([0.0, 5.0, 0.0, 0.0, 6.0, 0.0])
-    block = "mlp" if variant == "mixtral" else "block_sparse_moe"
-    dense = to_dense(model, Ranking({field: tuple(scores for _ in range(4))}))
-    for layer in model.model.layers:
-        layer.get_submodule(f"{block}.experts").register_forward_pre_hook(
-            lambda m, args: (args[0], torch.tensor([1, 4]).expand_as(args[1]), torch.full_like(args[2], 0.5))
-        )
-    with in_float64():
-        torch.testing.assert_close(logits(dense, IDS), logits(model, IDS), **CLOSE)
-    assert dense.config.intermediate_size == 28
-
-
 @pytest.mark.parametrize(
     ("variant", "numbers", "says"),
     [
@@ -142,12 +126,6 @@ def test_a_mixture_of_equal_gates_is_its_dense_model(variant):
 def test_what_does_not_go_is_refused(variant, numbers, says):
     with pytest.raises((NestlingError, ShapeError, UnsupportedArchitecture), match=says):
         upcycle(tiny(variant), **numbers)
-
-
-def test_no_dense_model_is_like_one_with_dense_layers_in_between():
-    model = tiny("qwen3_moe")
-    with pytest.raises(UnsupportedArchitecture, match="every layer"):
-        to_dense(model, random_ranking(model))
 
 
 def test_the_config_alone_can_be_had():

@@ -1,10 +1,9 @@
-"""Between dense models and mixtures of experts, weights kept: `upcycle`, `split` and `to_dense`.
+"""From dense models to mixtures of experts, and to finer ones, weights kept: `upcycle` and `split`.
 
 Upcycling cuts each FFN into `granularity` shards and repeats them as experts; the router's rows of a group of shards
 are equal, so that a token always chooses whole groups (virtual groups, arXiv 2410.07524). With weights normalized over
 the chosen, each shard gets 1 / granularity of the weight in all, which the down projection makes up for: the logits are
-the dense model's. Splitting does the same to the experts of a mixture. `to_dense` puts the best experts of each layer
-side by side as one FFN (arXiv 2605.28207), to be distilled. Results are stock transformers models.
+the dense model's. Splitting does the same to the experts of a mixture. Results are stock transformers models.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from nestling.anatomy import ARCHITECTURES, Anatomy, Architecture, Axis, archite
 from nestling.errors import NestlingError, ShapeError, UnsupportedArchitecture
 from nestling.experts import use_fast_experts
 from nestling.quiet import quiet
-from nestling.ranking import Ranking
 from nestling.surgery.cut import class_for
 
 MODES = ("exact", "paper")
@@ -70,7 +68,7 @@ def upcycle(
                 weights[f"{path}.{name}"] = tensor
         rows = torch.randn(num_experts, gate.shape[1], generator=generator) * router_std
         weights[f"{path}.{at['router']}"] = rows.to(gate).repeat_interleave(routed, 0)
-    return _built(model, config, weights)
+    return built(model, config, weights)
 
 
 def split(model: PreTrainedModel, granularity: int) -> PreTrainedModel:
@@ -95,37 +93,7 @@ def split(model: PreTrainedModel, granularity: int) -> PreTrainedModel:
             parts.append(_shards(gate, raised, out * granularity, granularity))
         weights[up], weights[down] = (torch.cat([part[i] for part in parts]) for i in (0, 1))
         weights[router] = weights[router].repeat_interleave(granularity, 0)
-    return _built(model, config, weights)
-
-
-def to_dense(model: PreTrainedModel, ranking: Ranking, experts: int | None = None) -> PreTrainedModel:
-    """The dense model whose FFN is the best `experts` of each layer side by side, as many as a token uses unless given.
-
-    ranking: of the experts. The down projections are divided by their number, as if each had an equal weight. It is a
-    start for distillation, not a model to use as it is. Raises `UnsupportedArchitecture` where no dense model is alike.
-    """
-    anatomy = Anatomy.of(model)
-    axis, neurons = axes_of(anatomy.architecture)
-    dense = anatomy.architecture.dense_kin
-    if dense is None or anatomy.routed_layers() != list(range(anatomy.num_layers)):
-        raise UnsupportedArchitecture(
-            f"no dense model is like this {anatomy.architecture.model_type} model: every layer must have experts, and "
-            f"be one of {', '.join(sorted(n for n, a in ARCHITECTURES.items() if a.dense_kin))}"
-        )
-    count = experts or getattr(model.config, str(axis.active))
-    if not 1 <= count <= anatomy.value(axis, 0):
-        raise ShapeError(f"experts={count} of {anatomy.value(axis, 0)} cannot be kept: give a number up to that")
-    config = _config(dense, model.config)
-    config.intermediate_size = count * anatomy.value(neurons, 0)
-    weights, at = dict(model.state_dict()), places_of(anatomy.architecture)
-    for layer in range(anatomy.num_layers):
-        path, best = anatomy.layer_path(layer), ranking.order(axis.field, layer)[:count].sort().values
-        fused, down = weights.pop(f"{path}.{at['up']}")[best], weights.pop(f"{path}.{at['down']}")[best]
-        weights.pop(f"{path}.{at['router']}")
-        gate, up = fused.chunk(2, dim=1)
-        weights[f"{path}.mlp.{GATE}"], weights[f"{path}.mlp.{UP}"] = gate.flatten(0, 1), up.flatten(0, 1)
-        weights[f"{path}.mlp.{DOWN}"] = down.transpose(0, 1).flatten(1) / count
-    return _built(model, config, weights)
+    return built(model, config, weights)
 
 
 def mixture_config(
@@ -148,7 +116,7 @@ def mixture_config(
         raise UnsupportedArchitecture(
             f"{kin.model_type} always normalizes over the chosen experts: take mode exact, or a model such as qwen3"
         )
-    made, (experts, neurons) = _config(kin.model_type, config), axes_of(kin)
+    made, (experts, neurons) = config_like(kin.model_type, config), axes_of(kin)
     width = config.intermediate_size // granularity
     setattr(made, experts.field, num_experts * (granularity - shared))
     setattr(made, str(experts.active), num_experts_per_tok * (granularity - shared))
@@ -180,15 +148,19 @@ def _shared_expert(kin: Architecture, gate: Tensor, up: Tensor, down: Tensor) ->
     """The tensors of an expert for all tokens. A gate of its own starts at one half, which the last matrix makes up."""
     assert kin.routed is not None
     at = kin.routed.shared
-    names = [name for block in kin.blocks.values() for name in block if name.startswith((f"{at}.", f"{at}_gate"))]
-    gated = f"{at}_gate.weight"
-    if gated in names:
-        names.remove(gated)
+    names, gated = shared_names(kin), f"{at}_gate.weight"
+    if any(gated in block for block in kin.blocks.values()):
         extra, down = {gated: torch.zeros_like(gate[:1])}, 2 * down
     else:
         extra = {}
     parts = [gate, up, down] if len(names) == 3 else [torch.cat([gate, up]), down]
     return dict(zip(names, parts, strict=True)) | extra
+
+
+def shared_names(architecture: Architecture) -> list[str]:
+    """Tensors, relative to a layer, of the expert that all tokens share: gate, up, down, the first two maybe as one."""
+    at = architecture.routed.shared if architecture.routed else None
+    return [name for block in architecture.blocks.values() for name in block if at and name.startswith(f"{at}.")]
 
 
 def _mode(mode: str) -> str:
@@ -220,7 +192,7 @@ def _check_width(width: int, granularity: int) -> None:
         )
 
 
-def _config(model_type: str, like: PreTrainedConfig) -> PreTrainedConfig:
+def config_like(model_type: str, like: PreTrainedConfig) -> PreTrainedConfig:
     """A config of that type, with every field that `like` has too."""
     known = set(CONFIG_MAPPING[model_type]().to_dict())
     fields = {name: value for name, value in like.to_dict().items() if name in known}
@@ -263,20 +235,26 @@ def _shards(gate: Tensor, up: Tensor, down: Tensor, granularity: int) -> tuple[T
     return torch.stack(fused), torch.stack(down.chunk(granularity, dim=1))
 
 
-def _built(like: PreTrainedModel, config: PreTrainedConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+def built(like: PreTrainedModel, config: PreTrainedConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A model of that config with those weights, otherwise as `like`; biases that are not among them are zero.
+
+    Raises `UnsupportedArchitecture` for weights that it has no place for.
+    """
     config.architectures = None
     with quiet():
         with torch.device("meta"):
             empty = class_for(config)(config)
-        extra = sorted(set(weights) - set(empty.state_dict()))
+        places = empty.state_dict()
+        extra = sorted(set(weights) - set(places))
         if extra:
             raise UnsupportedArchitecture(
                 f"a {config.model_type} model has no place for {extra[0]}: such a model cannot be converted"
             )
+        zeros = {n: torch.zeros(t.shape) for n, t in places.items() if n.endswith(".bias") and n not in weights}
         made = class_for(config).from_pretrained(
             None,
             config=config,
-            state_dict={name: tensor.clone() for name, tensor in weights.items()},
+            state_dict={name: tensor.clone() for name, tensor in weights.items()} | zeros,
             dtype=like.dtype,
             attn_implementation=like.config._attn_implementation,
         )

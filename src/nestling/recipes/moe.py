@@ -35,7 +35,7 @@ from nestling.report.human import count, figure
 from nestling.surgery import prune
 from nestling.train import documented
 
-METRICS = ("reap", "frequency", "gate", "contribution", "output_error")
+METRICS = ("contribution", "output_error", "gate", "frequency", "reap")
 
 
 @documented
@@ -76,7 +76,8 @@ class ExpertSettings(CalibrationSettings):
     Args:
         model: Model with routed experts.
         keep: Experts to keep in each layer, as a number or a part (0.5x).
-        metric: What experts are ranked by: reap, frequency, gate, contribution or output_error.
+        metric: What experts are ranked by: contribution (in one pass), output_error (each left out in turn), gate,
+            frequency or reap.
         merge: Average the experts that go into the kept ones most like them, instead of dropping them.
         dense: Put the kept experts side by side as one FFN, to be distilled; keep is then the number of them, that of a
             token's experts unless given.
@@ -87,7 +88,7 @@ class ExpertSettings(CalibrationSettings):
 
     model: str
     keep: str | None = None
-    metric: str = "reap"
+    metric: str = "contribution"
     merge: bool = False
     dense: bool = False
     out: str = "pruned"
@@ -229,7 +230,7 @@ def _cut(
     settings: ExpertSettings,
 ) -> PreTrainedModel:
     if settings.dense:
-        return moe.to_dense(model, ranking, keep)
+        return moe.to_dense(model, ranking, keep, batches)
     assert keep is not None
     if settings.merge:
         return moe.merge(model, ranking, keep, moe.loads(model, batches))

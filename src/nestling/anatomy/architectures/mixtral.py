@@ -73,6 +73,7 @@ def granite_blocks(config: Config, layer: int) -> tuple[str, ...]:
 register(
     Architecture(
         model_type="granitemoeshared",
+        dense_kin="granite",
         axes=(
             *axes(
                 gate="shared_mlp.input_linear",
@@ -128,6 +129,7 @@ register(
 register(
     Architecture(
         model_type="qwen2_moe",
+        dense_kin="qwen2",
         axes=(
             *axes("self_attn.q_proj", "mlp.gate_proj", "mlp.shared_expert.gate_proj"),
             *expert_axes("num_experts", "moe_intermediate_size"),
