@@ -1,16 +1,19 @@
 """Fewer experts by each criterion: what a quarter or half of them costs, dropped or merged; and after distilling.
 
 Parents are the fine-grained models (64 experts, 8 of a token) that `fine_grained.py` left in the work folder. Figures
-are held-out loss above the parent's, before and after distillation from it.
+are held-out loss above the parent's, before and after distillation from it. `--cost` measures instead what a criterion
+costs: processor time of ranking, in forward passes over the same text, in turns.
 
     python -m benchmarks.moe.pruning --work runs/moe [--steps 800] [--seeds 0 1] [--distill_steps 20]
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from itertools import product
+from statistics import median
 from typing import Any
 
 import torch
@@ -33,11 +36,17 @@ MERGED = ("reap", "frequency")
 def main() -> None:
     given = parser(__doc__, CRITERIA, 800)
     given.add_argument("--distill_steps", type=int, default=20)
+    given.add_argument("--cost", action="store_true", help="measure what the criteria cost")
     chosen, record = given.parse_args(), Record("moe", "pruning")
     words = tokenizer(chosen.work)
     for seed in chosen.seeds:
         parent, _ = hub.load(chosen.work / f"small-{chosen.steps}/1x-G8-post-{seed}/model")
-        whole, calibration = held_out(parent, words), texts(words)
+        calibration = texts(words)
+        if chosen.cost:
+            record.row({"steps": chosen.steps, "cost_of": "ranking", "seed": seed}, partial(costs, parent, calibration))
+            record.save(claims(record, chosen.steps, chosen.distill_steps))
+            continue
+        whole = held_out(parent, words)
         for criterion, kept, how in product(chosen.arms, KEPT, ("drop", "merge")):
             if how == "drop" or criterion in MERGED:
                 make = partial(made, parent, criterion, kept, how, calibration, seed)
@@ -62,6 +71,19 @@ def damages(
     return {"damage": round(before - whole, 5), "damage_distilled": round(held_out(child, words) - whole, 5)}
 
 
+def costs(parent: PreTrainedModel, calibration: list, rounds: int = 5) -> Row:
+    """Median processor time of ranking by each criterion over that of a forward pass."""
+    jobs: dict[str, Callable[[], Any]] = {"forward": lambda: loads(parent, calibration)}
+    jobs |= {name: partial(ranked, parent, name, calibration, 0) for name in CRITERIA if name != "random"}
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for name, job in [*jobs.items()] * rounds:
+        started = time.process_time()
+        job()
+        seconds[name].append(time.process_time() - started)
+    one = median(seconds.pop("forward"))
+    return {f"{name}_passes": round(median(times) / one, 2) for name, times in seconds.items()}
+
+
 def ranked(parent: PreTrainedModel, criterion: str, calibration: list, seed: int) -> Ranking:
     if criterion != "random":
         return rank(parent, calibration, metric={"num_experts": criterion})
@@ -80,17 +102,18 @@ def made(parent: PreTrainedModel, criterion: str, kept: int, how: str, calibrati
 
 
 def claims(record: Record, steps: int, distill_steps: int) -> dict[str, Row]:
-    """How much better REAP is than chance, before and after distillation."""
+    """How much better REAP is than chance, and the default than REAP, before and after distillation."""
     found = {}
     for kept, figure in product(KEPT, ("damage", "damage_distilled")):
-        random, reap = (
-            {"steps": steps, "distill_steps": distill_steps, "kept": kept, "criterion": name, "how": "drop"}
-            for name in ("random", "reap")
-        )
         after = "distillation" if figure == "damage_distilled" else "no distillation"
-        how = f"held-out loss of random minus REAP, {kept} of 64 experts kept, {after}"
-        if one := gap(record, random, reap, how, figure):
-            found[f"reap_vs_random_loss_gap_{kept}of64" + figure.removeprefix("damage")] = one
+        for worse, better in (("random", "reap"), ("reap", "contribution")):
+            keys = (
+                {"steps": steps, "distill_steps": distill_steps, "kept": kept, "criterion": name, "how": "drop"}
+                for name in (worse, better)
+            )
+            how = f"held-out loss of {worse} minus {better}, {kept} of 64 experts kept, {after}"
+            if one := gap(record, *keys, how, figure):
+                found[f"{better}_vs_{worse}_loss_gap_{kept}of64" + figure.removeprefix("damage")] = one
     return found
 
 

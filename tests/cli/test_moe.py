@@ -34,6 +34,8 @@ def test_a_dense_model_and_back(place, capsys):
     few = run(capsys, "moe", "prune", "run/model", "--keep", "0.5x", "--out", "few", *FEW)
     assert few["fewest_tokens"] >= 0
     assert load("few").config.num_local_experts == 4
+    run(capsys, "prune", "run/model", "--shape", "num_local_experts=4", "--out", "same", "--repair", "false", *FEW)
+    assert torch.equal(logits(load("same"), IDS), logits(load("few"), IDS))
     run(capsys, "moe", "prune", "run/model", "--keep", 5, "--merge", "true", "--out", "merged", *FEW)
     assert load("merged").config.num_local_experts == 5
     run(capsys, "moe", "prune", "run/model", "--dense", "true", "--out", "dense", *FEW)
