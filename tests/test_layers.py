@@ -11,7 +11,7 @@ import nestling
 ROOT = Path(nestling.__file__).parent
 # From the bottom up. Parts of one layer may import one another, methods excepted.
 LAYERS = (
-    {"errors", "processes", "experts", "quiet"},
+    {"errors", "processes", "experts", "quiet", "runs"},
     {"anatomy"},
     {"surgery", "ranking", "shape", "cost", "budget"},
     {"train", "evaluate", "report", "data", "hub"},

@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from nestling.distill import distill
 from nestling.errors import CheckpointError
 from tests.distill import worker
+from tests.models import tiny, token_batches
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,10 +107,24 @@ def test_a_finished_run_is_read_back_and_another_is_refused(uninterrupted, tmp_p
     run_dir = tmp_path / "run"
     shutil.copytree(whole, run_dir)
     assert_same(weights(worker.run(str(run_dir))), expected)
-    with pytest.raises(CheckpointError, match="another student"):
+    with pytest.raises(CheckpointError, match=r"a run with learning_rate=0\.01, not 0\.02"):
         worker.run(str(run_dir), learning_rate=2e-2)
+    worker.run(str(run_dir), log_every=2, save_every=2, micro_batch_size=2)
     worker.run(str(run_dir), learning_rate=2e-2, steps=2, resume=False)
     assert steps(run_dir) == [1, 2]
+
+
+def test_another_teacher_or_text_is_refused(uninterrupted, tmp_path):
+    """Sizes alike, numbers not."""
+    shutil.copytree(uninterrupted[1], tmp_path / "run")
+    student, teacher = worker.models()
+    how = {"steps": worker.STEPS, "states": ["embedding", "output"], "learning_rate": 1e-2, "batch_size": 4}
+    for other, text, word in (
+        (tiny("llama-tied", seed=5), token_batches(5, 4, 11), "another teacher"),
+        (teacher, token_batches(5, 4, 11, seed=9), "another data"),
+    ):
+        with pytest.raises(CheckpointError, match=f"belongs to a run with {word}"):
+            distill(student, other, text, run_dir=tmp_path / "run", **how)
 
 
 def test_checkpoint_is_the_student_without_the_projection(uninterrupted):

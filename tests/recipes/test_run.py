@@ -1,10 +1,11 @@
 """The run folder: results are kept and read back, other settings are refused, nothing is ever half written."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import yaml
 
+from nestling.distill import DistillSettings
 from nestling.errors import CheckpointError
 from nestling.recipes.run import Run, read_json, write_atomically
 
@@ -81,6 +82,28 @@ def test_other_settings_are_refused(tmp_path, change, name):
     with pytest.raises(CheckpointError, match="holds a run with verb=prune, not rank"):
         Run("rank", Settings(), tmp_path / "run")
     assert (tmp_path / "run" / "kept.txt").read_text() == "kept"
+
+
+@dataclass
+class Later(Settings):
+    """A later version's settings: one more, and those of a training in them."""
+
+    axes: str = ""
+    distill: DistillSettings = field(default_factory=DistillSettings)
+
+
+def test_a_folder_from_before_a_setting_goes_on_with_its_default(tmp_path):
+    Run("prune", Settings(), tmp_path / "run")
+    Run("prune", Later(), tmp_path / "run")
+    with pytest.raises(CheckpointError, match="holds a run with axes=, not hidden_size: name another folder"):
+        Run("prune", Later(axes="hidden_size"), tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"distill\.learning_rate=0\.0002, not 0\.1"):
+        Run("prune", Later(distill=DistillSettings(learning_rate=0.1)), tmp_path / "run")
+
+
+def test_how_often_a_training_saves_may_change(tmp_path):
+    Run("prune", Later(), tmp_path / "run")
+    Run("prune", Later(distill=DistillSettings(save_every=7)), tmp_path / "run")
 
 
 def test_where_a_job_runs_may_change(tmp_path):

@@ -28,6 +28,7 @@ from nestling.anatomy import decoder, logits_head
 from nestling.anatomy.bypass import evaluating
 from nestling.distill.settings import DistillSettings
 from nestling.errors import CheckpointError, NestlingError
+from nestling.runs import held
 from nestling.train import MICRO_TOKENS, MICRO_TOKENS_ELSEWHERE, Rows, TopK, collate, rows_of, top_k
 
 MANIFEST = "cache.json"
@@ -118,7 +119,8 @@ def teacher_cache(
     """The cache for that teacher, data and `top_k`, computed as far as it is missing.
 
     teacher: may be None if the cache is whole. progress: told the tokens done. Raises `NestlingError` for settings
-    that a cache cannot serve, `CheckpointError` for a cache of another job or a damaged one.
+    that a cache cannot serve, `CheckpointError` for a cache of another job, one that another job is filling, or a
+    damaged one.
     """
     settings = settings.sized()
     _check_settings(settings)
@@ -142,7 +144,8 @@ def teacher_cache(
     if not cache.whole:
         if teacher is None:
             raise CheckpointError(f"'{folder}' is not whole: give the teacher, which computes the rest")
-        _fill(cache, teacher, source, settings, vocab_size, progress)
+        with held(cache.folder):
+            _fill(cache, teacher, source, settings, vocab_size, progress)
     return cache
 
 

@@ -15,6 +15,7 @@ from nestling.distill.pair import Pair
 from nestling.distill.settings import DistillSettings
 from nestling.distill.states import parse_layer_map
 from nestling.errors import DataError, NestlingError
+from nestling.runs import held
 from nestling.train import fit
 
 
@@ -43,13 +44,14 @@ def distill(
     if cache is not None:
         data = _cached(student, teacher, data, tokenizer, settings, cache)
         teacher = None
-    if settings.correction == "first" and teacher is not None:
-        teacher = corrected(teacher, data, tokenizer, settings, run_dir, resume)
-        set_seed(settings.seed)
-    pair = _pair(student, teacher, settings)
-    fit(pair, data, tokenizer, settings, run_dir, resume)
-    if run_dir is not None and settings.correction != "none":
-        processes.first(lambda: _leave(pair, settings, Path(run_dir), tokenizer))
+    with held(run_dir):
+        if settings.correction == "first" and teacher is not None:
+            teacher = corrected(teacher, data, tokenizer, settings, run_dir, resume)
+            set_seed(settings.seed)
+        pair = _pair(student, teacher, settings)
+        fit(pair, data, tokenizer, settings, run_dir, resume)
+        if run_dir is not None and settings.correction != "none":
+            processes.first(lambda: _leave(pair, settings, Path(run_dir), tokenizer))
     return student
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from nestling.distill.states import check_states, parse_layer_map
 from nestling.errors import NestlingError
@@ -48,6 +49,7 @@ class DistillSettings(TrainSettings):
     """
 
     SMALLEST_BATCH = 0
+    FREE: ClassVar[tuple[str, ...]] = (*TrainSettings.FREE, "keep_teacher")
 
     batch_size: int = 0
     learning_rate: float = 2e-4

@@ -8,7 +8,6 @@ writes, and all read; the folder must be one that all of them see. Knows nothing
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nestling import hub, processes
 from nestling.errors import CheckpointError
-from nestling.recipes.hold import Hold, hold
+from nestling.runs import Hold, difference, hold, plain
 
 T = TypeVar("T")
 # Settings that say where or how the job runs, not what it makes.
@@ -39,7 +38,7 @@ class Run:
     def __init__(self, verb: str, settings: Any, folder: str | Path, overwrite: bool = False):
         self.folder = Path(folder)
         self.verb = verb
-        self.settings = {"verb": verb, **dataclasses.asdict(settings)}
+        self.settings = settings
         self._hold: Hold | None = None
         processes.first(lambda: self._open(overwrite))
 
@@ -99,7 +98,8 @@ class Run:
                     f"'{self.folder}' cannot be made ({error.strerror}): name another with --out"
                 ) from error
             self._hold = hold(self.folder)
-            self.write("run.yaml", yaml.safe_dump(plain(self.settings), sort_keys=False, allow_unicode=True))
+            kept = {"verb": self.verb, **plain(self.settings)}
+            self.write("run.yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
 
     def _check_same(self, record: Path) -> None:
         try:
@@ -108,13 +108,14 @@ class Run:
             raise CheckpointError(f"'{record}' is damaged: start anew with --overwrite") from error
         if not isinstance(before, dict) or before.get("verb") is None:
             raise CheckpointError(f"'{record}' is damaged: start anew with --overwrite")
-        now = plain(self.settings)
-        differing = [name for name in now if name not in PLACES and before.get(name) != now[name]]
-        if differing:
-            name = differing[0]
+        verb = before.pop("verb")
+        differs = difference(before, self.settings, free=PLACES)
+        if verb != self.verb:
+            differs = f"verb={verb}, not {self.verb}"
+        if differs is not None:
             raise CheckpointError(
-                f"'{self.folder}' holds a run with {name}={before.get(name)}, not {now[name]}: "
-                f"name another folder with --out, or start anew with --overwrite"
+                f"'{self.folder}' holds a run with {differs}: name another folder with --out, or start anew with "
+                f"--overwrite"
             )
 
 
@@ -141,11 +142,6 @@ class KeptFigures(MutableMapping[str, float]):
 
     def __len__(self) -> int:
         return len(self._figures)
-
-
-def plain(value: Any) -> Any:
-    """Settings as YAML holds them: lists for tuples, text for paths."""
-    return json.loads(json.dumps(value, default=str))
 
 
 def read_json(path: Path) -> Any:

@@ -1,8 +1,8 @@
 """Checkpoints of a training run: which are whole, which is the newest, and sealing one when it is written.
 
 `Trainer` writes a checkpoint file by file. When the last is there, a seal (`complete.json`: names and sizes of all
-files, and whose run it is) is renamed into place; a folder without a seal that fits was interrupted and does not
-count. Weights are safetensors; the optimizer's and the random generators' state are torch files, which `Trainer`
+files, and what the run is made of) is renamed into place; a folder without a seal that fits was interrupted and does
+not count. Weights are safetensors; the optimizer's and the random generators' state are torch files, which `Trainer`
 reads with `weights_only=True`, so nothing is unpickled.
 """
 
@@ -13,6 +13,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +22,44 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from nestling.errors import CheckpointError
+from nestling.runs import difference, plain
 
 SEAL = "complete.json"
 PREFIX = "checkpoint-"
 
 
-def newest(folder: Path, run: str) -> Path | None:
-    """The newest complete checkpoint in `folder`, or None.
+@dataclass(frozen=True)
+class Making:
+    """What a run makes its model of: the settings, and a fingerprint of each model and of the data, by name."""
 
-    Raises `CheckpointError` when it belongs to another run than `run` (see `fingerprint`).
-    """
+    settings: Any
+    parts: Mapping[str, str]
+
+    def kept(self) -> dict[str, Any]:
+        """As a seal holds it."""
+        return {"settings": plain(self.settings), "parts": dict(self.parts)}
+
+    def differs(self, kept: Any) -> str | None:
+        """What differs from a run whose seal holds `kept`, in words, or None."""
+        if not isinstance(kept, dict):
+            return "settings that were not kept, by an earlier version"
+        words = difference(kept["settings"], self.settings)
+        if words is not None:
+            return words
+        other = [name for name in {**kept["parts"], **self.parts} if kept["parts"].get(name) != self.parts.get(name)]
+        return f"another {other[0]}" if other else None
+
+
+def newest(folder: Path, making: Making) -> Path | None:
+    """The newest complete checkpoint in `folder`, or None. Raises `CheckpointError` when another run wrote it."""
     for checkpoint in sorted(_all(folder), key=_step, reverse=True):
         seal = _seal(checkpoint)
         if seal is None:
             continue
-        if seal.get("run") != run:
+        if differs := making.differs(seal.get("run")):
             raise CheckpointError(
-                f"'{checkpoint}' belongs to a run with another student, teacher, data or settings: resume with those, "
-                f"pass resume=False to start anew, or name another run folder"
+                f"'{checkpoint}' belongs to a run with {differs}: resume with what it was begun with, pass "
+                f"resume=False to start anew, or name another run folder"
             )
         return checkpoint
     return None
@@ -51,7 +73,7 @@ def clear(folder: Path, keep: Path | None = None) -> None:
 
 
 def fingerprint(*values: Any) -> str:
-    """A short digest of whatever makes a run what it is."""
+    """A short digest of plain values."""
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -59,24 +81,25 @@ def fingerprint(*values: Any) -> str:
 class Seal(TrainerCallback):
     """Seals each checkpoint once every process has written its part, then removes the older ones."""
 
-    def __init__(self, run: str):
-        self.run = run
+    def __init__(self, making: Making):
+        self.making = making
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         PartialState().wait_for_everyone()
         if not args.should_save:
             return
         checkpoint = Path(str(args.output_dir), f"{PREFIX}{state.global_step}")
-        _write_seal(checkpoint, self.run)
+        _write_seal(checkpoint, self.making)
         clear(checkpoint.parent, keep=checkpoint)
 
 
-def _write_seal(checkpoint: Path, run: str) -> None:
+def _write_seal(checkpoint: Path, making: Making) -> None:
     files = {str(path.relative_to(checkpoint)): path for path in checkpoint.rglob("*") if path.is_file()}
     files.pop(SEAL, None)
     for path in files.values():
         _flush(path)
-    text = json.dumps({"run": run, "files": {name: path.stat().st_size for name, path in files.items()}})
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    text = json.dumps({"run": making.kept(), "files": sizes}, indent=1)
     beside = checkpoint / f".{SEAL}"
     beside.write_text(text)
     _flush(beside)

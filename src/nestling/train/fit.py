@@ -22,17 +22,18 @@ from transformers.trainer_callback import PrinterCallback
 from nestling import processes
 from nestling.anatomy import suited_scans
 from nestling.errors import CheckpointError
+from nestling.runs import held
 from nestling.train.callbacks import MetricsLog, ShowProgress, StopOnInterrupt
-from nestling.train.checkpoints import Seal, clear, fingerprint, newest
+from nestling.train.checkpoints import Making, Seal, clear, fingerprint, newest
 from nestling.train.learner import Learner
-from nestling.train.rows import collate, rows_of
+from nestling.train.rows import Rows, collate, rows_of
 from nestling.train.settings import TrainSettings, split_batch, training_arguments
 from nestling.train.sharding import sharded
 from nestling.train.trainer import LearnerTrainer
 
 CHECKPOINTS = "checkpoints"
-# Settings that do not change what is computed, so a run may be resumed with others.
-FREE = ("save_every", "log_every", "report_to", "micro_batch_size", "gradient_checkpointing")
+ROWS_SEEN = 8  # by which data is told apart
+NUMBERS_SEEN = 64  # of each tensor of a teacher
 
 
 def fit(
@@ -60,15 +61,15 @@ def fit(
     with _folder(run_dir) as folder, _at_work(learner):
         if run_dir is None:
             settings = dataclasses.replace(settings, save_every=0)
-        run = _fingerprint(learner, rows, settings)
-        checkpoint = _resume_from(folder / CHECKPOINTS, run, resume)
+        making = _making(learner, rows, settings)
+        checkpoint = _resume_from(folder / CHECKPOINTS, making, resume)
         processes.start()
         device = processes.device() or student.device
         split = split_batch(settings, row_tokens, device)
         arguments = training_arguments(settings, split, steps, folder / CHECKPOINTS, device)
         with _placed(learner, settings, arguments.device), _recomputing(learner, split.recompute):
             trainer = LearnerTrainer(learner, args=arguments, train_dataset=rows, data_collator=collate(vocab))
-            _train(trainer, settings, folder, run, checkpoint, callbacks)
+            _train(trainer, settings, folder, making, checkpoint, callbacks)
             trainer.accelerator.free_memory()
     return learner
 
@@ -86,13 +87,13 @@ def _train(
     trainer: LearnerTrainer,
     settings: TrainSettings,
     folder: Path,
-    run: str,
+    making: Making,
     checkpoint: Path | None,
     callbacks: Sequence[TrainerCallback],
 ) -> None:
     progress, interrupt = ShowProgress("steps"), StopOnInterrupt(saves=settings.save_every > 0)
     trainer.remove_callback(PrinterCallback)
-    for callback in (MetricsLog(folder), progress, interrupt, *callbacks, Seal(run)):
+    for callback in (MetricsLog(folder), progress, interrupt, *callbacks, Seal(making)):
         trainer.add_callback(callback)
     try:
         with interrupt:
@@ -105,18 +106,32 @@ def _train(
         progress.close()
 
 
-def _fingerprint(learner: Learner, rows: Any, settings: TrainSettings) -> str:
-    """What a checkpoint must agree with to be resumed from."""
-    chosen = {name: value for name, value in dataclasses.asdict(settings).items() if name not in FREE}
-    models = [learner.student, *([learner.teacher] if learner.teacher is not None else [])]
-    shapes = [[(name, list(p.shape)) for name, p in model.named_parameters()] for model in models]
-    few = [rows[i]["input_ids"].tolist() for i in range(min(4, len(rows)))]
-    return fingerprint(chosen, shapes, len(rows), few)
+def _making(learner: Learner, rows: Rows, settings: TrainSettings) -> Making:
+    """What a checkpoint must agree with to be resumed from.
+
+    Of the student sizes count, not weights: those are the checkpoint's.
+    """
+    student, teacher = learner.student, learner.teacher
+    some = [rows[i * len(rows) // ROWS_SEEN]["input_ids"].tolist() for i in range(ROWS_SEEN)]
+    parts = {"student": fingerprint(_sizes(student)), "data": fingerprint(len(rows), some)}
+    if teacher is not None:
+        parts["teacher"] = fingerprint(_sizes(teacher), [_some(p) for p in teacher.parameters()])
+    return Making(settings, parts)
 
 
-def _resume_from(checkpoints: Path, run: str, resume: bool) -> Path | None:
+def _sizes(model: PreTrainedModel) -> list[Any]:
+    return [(name, list(p.shape)) for name, p in model.named_parameters()]
+
+
+def _some(weights: torch.Tensor) -> list[float]:
+    """Numbers spread over a tensor."""
+    flat = weights.detach().flatten()
+    return flat[:: max(1, len(flat) // NUMBERS_SEEN)].float().tolist()
+
+
+def _resume_from(checkpoints: Path, making: Making, resume: bool) -> Path | None:
     def found() -> str | None:
-        checkpoint = newest(checkpoints, run) if resume else None
+        checkpoint = newest(checkpoints, making) if resume else None
         clear(checkpoints, keep=checkpoint)
         return str(checkpoint) if checkpoint else None
 
@@ -126,18 +141,13 @@ def _resume_from(checkpoints: Path, run: str, resume: bool) -> Path | None:
 
 @contextmanager
 def _folder(run_dir: str | Path | None) -> Iterator[Path]:
-    """The run folder, or one that is gone afterwards."""
+    """The run folder, held against other jobs, or one that is gone afterwards."""
     if run_dir is None:
         with tempfile.TemporaryDirectory(prefix="nestling-") as temporary:
             yield Path(temporary)
     else:
-        try:
-            Path(run_dir, CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(
-                f"the run folder '{run_dir}' cannot be made ({error.strerror}): name another"
-            ) from error
-        yield Path(run_dir)
+        with held(Path(run_dir)):
+            yield Path(run_dir)
 
 
 @contextmanager

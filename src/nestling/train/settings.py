@@ -12,7 +12,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from transformers import TrainingArguments
@@ -59,6 +59,14 @@ class TrainSettings:
     """
 
     SMALLEST_BATCH = 1
+    # What does not change the result, so that a run may be resumed with others.
+    FREE: ClassVar[tuple[str, ...]] = (
+        "save_every",
+        "log_every",
+        "report_to",
+        "micro_batch_size",
+        "gradient_checkpointing",
+    )
 
     tokens: int = 100_000
     steps: int | None = None

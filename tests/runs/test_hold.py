@@ -7,8 +7,10 @@ import sys
 import pytest
 
 from nestling.errors import CheckpointError
-from nestling.recipes.hold import hold
+from nestling.distill import distill
 from nestling.recipes.run import Run
+from nestling.runs import held, hold
+from tests.models import tiny, token_batches
 from tests.recipes.test_run import Settings
 
 OTHER = """
@@ -41,6 +43,26 @@ def test_a_second_job_is_refused_and_changes_nothing(folder, other, overwrite):
     with pytest.raises(CheckpointError, match="another job is at work"):
         Run("prune", Settings(), folder, overwrite=overwrite)
     assert (folder / "run.yaml").exists()
+
+
+def test_training_into_a_folder_that_another_job_works_on_is_refused(folder, other):
+    student, teacher = tiny("llama", seed=1), tiny("llama")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(CheckpointError, match="another job is at work"):
+        distill(student, teacher, token_batches(1, 2, 8), steps=1, batch_size=2, run_dir=folder)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_training_holds_its_folder_until_it_ends(tmp_path):
+    taken = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    command = [sys.executable, "-c", taken, tmp_path / "run"]
+    with held(tmp_path / "run"):
+        assert subprocess.run(command, capture_output=True, check=False).returncode != 0
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    with pytest.raises(CheckpointError, match="cannot be made"):
+        (tmp_path / "file").write_text("")
+        with held(tmp_path / "file" / "run"):
+            pass
 
 
 def test_a_killed_job_holds_nothing(folder, other):

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from nestling import processes
 from nestling.errors import CheckpointError
 
 try:
@@ -46,10 +49,33 @@ def hold(folder: Path) -> Hold | None:
     except BlockingIOError as error:
         os.close(handle)
         raise CheckpointError(
-            f"another job is at work in '{folder}': wait until it ends, or name another folder with --out"
+            f"another job is at work in '{folder}': wait until it ends, or name another folder"
         ) from error
     except OSError:
         os.close(handle)
         return None
     held = _held[status.st_dev, status.st_ino] = Hold(handle)
     return held
+
+
+@contextmanager
+def held(folder: str | Path | None) -> Iterator[None]:
+    """While open, the first of this job's processes holds the folder, which is made if it is missing.
+
+    Does nothing without a folder. Raises `CheckpointError`, in all processes, when another job holds it or it cannot be made.
+    """
+    found: list[Hold | None] = []
+    if folder is not None:
+        processes.first(lambda: found.append(_made(Path(folder))))
+    try:
+        yield
+    finally:
+        found.clear()
+
+
+def _made(folder: Path) -> Hold | None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"the folder '{folder}' cannot be made ({error.strerror}): name another") from error
+    return hold(folder)
