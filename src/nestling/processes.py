@@ -121,6 +121,25 @@ def tensors(make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return tensors_of(_from_first(lambda: bytes_of({name: t.cpu().contiguous() for name, t in make().items()})))
 
 
+def first_here(make: Callable[[], Any]) -> None:
+    """Let the first process of each machine make something that the others on it find there; all wait for it.
+
+    What any of them raises, all raise.
+    """
+    if count() == 1:
+        make()
+        return
+    start()
+    error = None
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        try:
+            with _on_its_own():
+                make()
+        except BaseException as met:
+            error = met
+    _together(error)
+
+
 def connection_broke(error: BaseException) -> bool:
     """Whether a collective call failed because a process at its other end is gone."""
     if count() == 1:
@@ -141,32 +160,39 @@ def _from_first(make: Callable[[], bytes]) -> bytes:
                 content = make()
         except BaseException as met:
             error = met
-    told = [] if error is None else [type(error).__name__, str(error)]
-    told = json.loads(_broadcast(json.dumps(told).encode()))
-    if error is not None:
-        raise error
-    if told:
-        raise _error(*told)
+    _together(error)
     return _broadcast(content)
 
 
-def _broadcast(content: bytes) -> bytes:
+def _together(error: BaseException | None) -> None:
+    """Go on when all processes have come here; if one of them has met an error, all raise the first one's."""
+    failed = torch.tensor([count() if error is None else number()])
+    failed = failed.to(_meeting_place(failed))
+    dist.all_reduce(failed, dist.ReduceOp.MIN)
+    source = int(failed)
+    if source == count():
+        return
+    told = json.loads(_broadcast(json.dumps([type(error).__name__, str(error)]).encode(), source))
+    raise error if error is not None else _error(*told)
+
+
+def _broadcast(content: bytes, source: int = 0) -> bytes:
     size = torch.tensor([len(content)])
     size = size.to(_meeting_place(size))
-    dist.broadcast(size, 0)
+    dist.broadcast(size, source)
     buffer = torch.empty(int(size), dtype=torch.uint8, device=size.device)
-    if is_first() and len(content):
+    if number() == source and len(content):
         buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-    dist.broadcast(buffer, 0)
+    dist.broadcast(buffer, source)
     return buffer.cpu().numpy().tobytes()
 
 
 def _error(kind: str, sentence: str) -> Exception:
-    """The first process's error as its own type, where it is one of ours."""
+    """Another process's error as its own type, where it is one of ours."""
     found: Any = getattr(errors, kind, None)
     if isinstance(found, type) and issubclass(found, NestlingError):
         return found(sentence)
-    return RuntimeError(f"the first process stopped with {kind}: {sentence}")
+    return RuntimeError(f"another process stopped with {kind}: {sentence}")
 
 
 @contextmanager

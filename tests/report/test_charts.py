@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nestling.report import colour
-from nestling.report.curve import curves, series, smooth, thin
+from nestling.report.curve import curves, goal, series, smooth, thin
 from nestling.report.picture import CELLS, Scale, Strip, axes, describe, layers, strip_svg
 from nestling.report.scatter import candidates, others, pareto, scatter
 from nestling.report.svg import plain, scaled, ticks
@@ -131,7 +131,25 @@ def test_losses_that_share_no_scale_get_a_panel_each():
     near = runs.metrics(60)
     assert [title for title, _ in curves(near, 900)] == ["loss in nats"]
     far = [{**record, "loss": record["loss"] / 20} if "loss" in record else record for record in near]
-    assert [title for title, _ in curves(far, 900)] == ["training loss", "evaluation loss"]
+    assert [title for title, _ in curves(far, 900)] == ["loss on held-out text, nats per token", "training loss"]
+
+
+def test_the_teachers_loss_on_the_same_text_is_the_line_to_reach():
+    log = runs.metrics(60)
+    assert goal(log) is None
+    log[0]["eval_teacher_loss"] = 2.5
+    assert goal(log) == 2.5
+    [(_, drawing)] = curves(log, 900)
+    [(_, without)] = curves(runs.metrics(60), 900)
+    assert 'class="goal"' in drawing
+    assert "teacher 2.50" in drawing
+    assert 'class="goal"' not in without
+
+
+def test_a_loss_that_hardly_moves_is_told_with_enough_digits():
+    log = [{"step": step, "tokens": step, "eval_loss": 4.8 - 1e-4 * step} for step in range(5)]
+    [(_, drawing)] = curves(log, 900)
+    assert ">4.79960<" in drawing
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ def distill(
     settings = dataclasses.replace(settings or DistillSettings(), **overrides).sized()
     _check(student, teacher, cache)
     set_seed(settings.seed)
+    text = data if isinstance(data, (str, Path)) else None
     if cache is not None:
         data = _cached(student, teacher, data, tokenizer, settings, cache)
         teacher = None
@@ -49,7 +50,7 @@ def distill(
             teacher = corrected(teacher, data, tokenizer, settings, run_dir, resume)
             set_seed(settings.seed)
         pair = _pair(student, teacher, settings)
-        fit(pair, data, tokenizer, settings, run_dir, resume)
+        fit(pair, data, tokenizer, settings, run_dir, resume, text=text)
         if run_dir is not None and settings.correction != "none":
             processes.first(lambda: _leave(pair, settings, Path(run_dir), tokenizer))
     return student

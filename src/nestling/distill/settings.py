@@ -54,6 +54,7 @@ class DistillSettings(TrainSettings):
     batch_size: int = 0
     learning_rate: float = 2e-4
     min_lr_ratio: float = 0.0
+    evaluate_every: int | None = None
     loss: str = "forward_kl"
     temperature: float = 1.0
     scale_by_temperature: bool = False

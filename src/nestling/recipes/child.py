@@ -155,7 +155,7 @@ class Parent:
         )
 
         def train(child: PreTrainedModel, tokens: int) -> PreTrainedModel:
-            how = replace(settings.distill, tokens=tokens, steps=None, correction="none")
+            how = replace(settings.distill, tokens=tokens, steps=None, correction="none", evaluate_every=0)
             return distill(child, self.model, settings.data, self.tokenizer, how)
 
         return Trial(train, token_loss(held_back), settings.trial_tokens)

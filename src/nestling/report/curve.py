@@ -1,11 +1,12 @@
-"""The loss curve: training loss, raw and smoothed, and the evaluations along the way, over the tokens seen.
+"""The loss curve: training loss, raw and smoothed, and that on held-out text along the way, over the tokens seen.
 
-Two panels where training loss and evaluation loss have so little in common (a divergence of 0.2 nats beside a
+Two panels where training loss and held-out loss have so little in common (a divergence of 0.2 nats beside a
 cross-entropy of 3) that one scale would flatten both. Nothing is drawn from fewer than two points.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -15,6 +16,7 @@ from nestling.report.run import finite
 from nestling.report.svg import Frame, Point, element, line, padded, plain, scaled, text
 
 POINTS = 300
+HALF_LIFE = 8  # steps over which a short, noisy run is smoothed at least
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -26,12 +28,18 @@ def curves(records: Records, width: int) -> list[tuple[str, str]]:
     if train and held_out and _comparable(train, held_out):
         panels = [("loss in nats", train, held_out)]
     else:
-        panels = [("training loss", train, []), ("evaluation loss", [], held_out)]
+        panels = [("loss on held-out text, nats per token", [], held_out), ("training loss", train, [])]
     return [
-        (title, _panel(raw, dots, width, "tokens" if by_tokens else "steps"))
+        (title, _panel(raw, dots, width, "tokens" if by_tokens else "steps", goal=goal(records) if dots else None))
         for title, raw, dots in panels
         if len(raw) > 1 or len(dots) > 1
     ]
+
+
+def goal(records: Records) -> float | None:
+    """The teacher's loss on the held-out text, if it was measured."""
+    found = [loss for _, loss in _pairs(records, "step", "eval_teacher_loss")]
+    return found[-1] if found else None
 
 
 def figure_curve(records: Records, key: str, title: str, width: int) -> str:
@@ -109,13 +117,26 @@ def _spread(points: Sequence[Point]) -> Point:
     return min(y for _, y in points), max(y for _, y in points)
 
 
-def _panel(raw: Sequence[Point], dots: Sequence[Point], width: int, unit: str, what: str = "loss") -> str:
-    smoothed = smooth(raw, half_life=len(raw) / 80)
+def _panel(
+    raw: Sequence[Point],
+    dots: Sequence[Point],
+    width: int,
+    unit: str,
+    what: str = "loss",
+    goal: float | None = None,
+) -> str:
+    smoothed = smooth(raw, half_life=max(len(raw) / 80, min(HALF_LIFE, len(raw) / 8)))
     rough = thin(raw)
     usual = sorted(y for _, y in rough)[len(rough) // 100 : len(rough) - len(rough) // 100]
     span = (0.0, max(x for x, _ in [*raw, *dots]))
-    frame = Frame(width, 300 if width > 500 else 240, span, padded([*usual, *(y for _, y in [*smoothed, *dots])]))
+    levels = [*usual, *(y for _, y in [*smoothed, *dots]), *([goal] if goal is not None else [])]
+    frame = Frame(width, 300 if width > 500 else 240, span, padded(levels))
     marks = [frame.axes(unit, scaled if unit == "tokens" else plain)]
+    if goal is not None:
+        marks.append(line([frame.at(x, goal) for x in span], class_="goal"))
+        marks.append(
+            text(frame.at(span[0], goal)[0] + 4, frame.at(0, goal)[1] - 5, f"teacher {goal:.2f}", class_="value")
+        )
     if len(raw) > 1:
         marks.append(line([frame.at(x, frame.inside(y)) for x, y in rough], class_="raw"))
         marks.append(line([frame.at(x, y) for x, y in thin(smoothed)], class_="smooth"))
@@ -128,11 +149,16 @@ def _panel(raw: Sequence[Point], dots: Sequence[Point], width: int, unit: str, w
 
 def _dot(frame: Frame, point: Point, unit: str) -> str:
     x, y = frame.at(*point)
-    title = element("title", f"evaluation loss {point[1]:.3f} after {human.count(point[0])} {unit}")
+    title = element("title", f"loss on held-out text {point[1]:.3f} after {human.count(point[0])} {unit}")
     return element("circle", title, class_="dot", cx=x, cy=y, r=4.0)
 
 
 def _last(frame: Frame, point: Point) -> str:
     """Where the run ended, in figures."""
     x, y = frame.at(*point)
-    return text(x, max(y - 12, 12.0), f"{point[1]:.2f}", class_="value", text_anchor="end")
+    return text(x, max(y - 12, 12.0), f"{point[1]:.{_digits(frame)}f}", class_="value", text_anchor="end")
+
+
+def _digits(frame: Frame) -> int:
+    """Decimals that tell apart what the frame shows."""
+    return max(2, math.ceil(1.3 - math.log10(frame.y[1] - frame.y[0])))

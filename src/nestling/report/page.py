@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from nestling.report import colour, human, picture
-from nestling.report.curve import curves, series
+from nestling.report.curve import curves, goal, series
 from nestling.report.headline import headline
 from nestling.report.members import members
 from nestling.report.routers import routers
@@ -58,6 +58,7 @@ def render(run: Run) -> str:
             model=_model(summary),
             curve=[_panels(run, width) for width in (WIDE, NARROW)],
             evaluated=bool(series(run.metrics)[1]),
+            goal=goal(run.metrics),
             routers=routers(summary, run.metrics, (WIDE, NARROW)),
             members=items(summary, "members"),
             member_fields=list(dict.fromkeys(f for one in items(summary, "members") for f in mapping(one, "shape"))),

@@ -1,10 +1,10 @@
 """What every training job shares: the loop, its losses and settings, rows in a fixed order, whole checkpoints."""
 
-from nestling.train.causal import CROSS_ENTROPY, CausalLM
+from nestling.train.causal import CausalLM
 from nestling.train.divergences import DIVERGENCES, TopK, divergence, top_k
 from nestling.train.fit import fit, recompute, recomputes
 from nestling.train.learner import Learner, model_inputs, own_dtype
-from nestling.train.losses import IGNORE, Head, LogitLosses, Objective, logit_losses
+from nestling.train.losses import CROSS_ENTROPY, IGNORE, Head, LogitLosses, Objective, logit_losses
 from nestling.train.rows import Rows, collate, rows_of
 from nestling.train.settings import (
     MICRO_TOKENS,

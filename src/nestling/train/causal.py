@@ -10,9 +10,7 @@ from transformers import PreTrainedModel
 
 from nestling.anatomy import decoder
 from nestling.train.learner import Learner, model_inputs
-from nestling.train.losses import Objective
-
-CROSS_ENTROPY = Objective(kd_weight=0.0, ce_weight=1.0)
+from nestling.train.losses import CROSS_ENTROPY
 
 
 class CausalLM(Learner):

@@ -25,6 +25,7 @@ from nestling.errors import CheckpointError
 from nestling.runs import held
 from nestling.train.callbacks import MetricsLog, ShowProgress, StopOnInterrupt
 from nestling.train.checkpoints import Making, Seal, clear, fingerprint, newest
+from nestling.train.held_out import held_out
 from nestling.train.learner import Learner
 from nestling.train.rows import Rows, collate, rows_of
 from nestling.train.settings import TrainSettings, split_batch, training_arguments
@@ -44,6 +45,7 @@ def fit(
     run_dir: str | Path | None = None,
     resume: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
+    text: str | Path | None = None,
 ) -> Learner:
     """Train a learner in place; returns it, its student in eval mode.
 
@@ -51,12 +53,14 @@ def fit(
         `{"input_ids": [batch, seq]}`, maybe with `attention_mask` and `labels`.
     run_dir: where `metrics.jsonl` and checkpoints go; none are written without it. resume: go on from the newest
         whole checkpoint there, to the weights of an uninterrupted run; otherwise start anew and remove them.
+    text: whose validation part the loss is measured on along the way (`evaluate_every`), where `data` is not its name.
     Raises `DataError` for data or a tokenizer that do not fit, `CheckpointError` for a run folder of another run or a
     full disk, `NestlingError` for settings that cannot work and for a loss that is not finite.
     """
     student = learner.student
     vocab = student.get_output_embeddings().weight.shape[0]
     rows, row_tokens = rows_of(data, tokenizer, settings, vocab)
+    measured = held_out(text or data, tokenizer, settings, row_tokens, seen=run_dir is not None)
     steps = settings.total_steps(row_tokens)
     with _folder(run_dir) as folder, _at_work(learner):
         if run_dir is None:
@@ -66,9 +70,12 @@ def fit(
         processes.start()
         device = processes.device() or student.device
         split = split_batch(settings, row_tokens, device)
-        arguments = training_arguments(settings, split, steps, folder / CHECKPOINTS, device)
+        anew = measured is not None and checkpoint is None
+        arguments = training_arguments(settings, split, steps, folder / CHECKPOINTS, device, measured=anew)
         with _placed(learner, settings, arguments.device), _recomputing(learner, split.recompute):
-            trainer = LearnerTrainer(learner, args=arguments, train_dataset=rows, data_collator=collate(vocab))
+            trainer = LearnerTrainer(
+                learner, held_out=measured, args=arguments, train_dataset=rows, data_collator=collate(vocab)
+            )
             _train(trainer, settings, folder, making, checkpoint, callbacks)
             trainer.accelerator.free_memory()
     return learner

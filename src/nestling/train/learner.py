@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from nestling.anatomy import decoder, logits_head
 from nestling.train.divergences import TopK
-from nestling.train.losses import Head, LogitLosses, Objective, logit_losses
+from nestling.train.losses import CROSS_ENTROPY, Head, LogitLosses, Objective, logit_losses
 
 
 class Learner(nn.Module):
@@ -76,6 +76,15 @@ class Learner(nn.Module):
         """The teacher's last hidden states `[batch, seq, hidden]`."""
         with own_dtype(inputs["input_ids"]):
             return self.taught(**inputs)
+
+    def nats(self, input_ids: Tensor, labels: Tensor, of_teacher: bool = False) -> Tensor:
+        """The student's (or teacher's) cross-entropy in nats, summed over labels `[batch, seq]`; a scalar."""
+        if of_teacher:
+            hidden = self.teach(model_inputs(input_ids, None))
+            head = Head(self._teacher_head, ())
+            return logit_losses(hidden, head, None, head, labels, CROSS_ENTROPY, count=1).cross_entropy
+        hidden = decoder(self.student)(**model_inputs(input_ids, None)).last_hidden_state
+        return self.logit_losses(hidden, labels, CROSS_ENTROPY, None, 1).cross_entropy
 
     def logit_losses(
         self,

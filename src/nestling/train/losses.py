@@ -88,6 +88,9 @@ class Objective:
         return measure(at(log_student, teacher.indices, rest), teacher.log_distribution(rest))
 
 
+CROSS_ENTROPY = Objective(kd_weight=0.0, ce_weight=1.0)
+
+
 @dataclass(frozen=True)
 class Head:
     """A function from hidden states `[..., hidden]` to logits `[..., vocab]`, and the parameters it uses."""

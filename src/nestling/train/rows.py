@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from nestling.data import check_tokenizer, packed
+from nestling.data import check_tokenizer, packed_once
 from nestling.errors import DataError
 from nestling.train.settings import TrainSettings
 
@@ -112,7 +112,7 @@ def _text_rows(
         raise DataError(f"'{data}' is text, which needs a tokenizer: pass the model's own as tokenizer=")
     check_tokenizer(tokenizer, vocab_size)
     tokens = settings.total_steps(settings.context) * settings.batch_size * settings.context
-    return packed(data, tokenizer, context=settings.context, tokens=tokens, seed=settings.seed)
+    return packed_once(data, tokenizer, context=settings.context, tokens=tokens, seed=settings.seed)
 
 
 def _batch_rows(data: Iterable[Mapping[str, Tensor]], settings: TrainSettings) -> list[Row]:

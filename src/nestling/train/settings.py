@@ -54,6 +54,8 @@ class TrainSettings:
             whole on each device; the result is the same.
         save_every: Steps between checkpoints in the run folder; 0 for none.
         log_every: Steps between records in metrics.jsonl.
+        evaluate_every: Steps between measurements of the loss on text that is not trained on, for metrics.jsonl and the
+            report; 0 for none. Without a number as often as a twentieth of the time allows, 20 times at most.
         report_to: Experiment tracker that transformers knows (wandb, tensorboard, ...), or none.
         seed: The seed of data order and dropout.
     """
@@ -63,6 +65,7 @@ class TrainSettings:
     FREE: ClassVar[tuple[str, ...]] = (
         "save_every",
         "log_every",
+        "evaluate_every",
         "report_to",
         "micro_batch_size",
         "gradient_checkpointing",
@@ -85,6 +88,7 @@ class TrainSettings:
     fsdp: bool = False
     save_every: int = 100
     log_every: int = 1
+    evaluate_every: int | None = 0
     report_to: str = "none"
     seed: int = 0
 
@@ -97,6 +101,8 @@ class TrainSettings:
         ):
             if getattr(self, name) < least:
                 raise NestlingError(f"{name} {getattr(self, name)} is not possible: give at least {least}")
+        if self.evaluate_every is not None and self.evaluate_every < 0:
+            raise NestlingError(f"evaluate_every {self.evaluate_every} is not possible: give at least 0")
         if not self.learning_rate > 0:
             raise NestlingError(f"learning_rate {self.learning_rate} is not possible: give a number above 0, say 3e-4")
         amount = "tokens" if self.steps is None else "steps"
@@ -143,9 +149,9 @@ def split_batch(settings: TrainSettings, row_tokens: int, device: torch.device) 
 
 
 def training_arguments(
-    settings: TrainSettings, split: Split, steps: int, folder: Path, device: torch.device
+    settings: TrainSettings, split: Split, steps: int, folder: Path, device: torch.device, measured: bool = False
 ) -> TrainingArguments:
-    """What `Trainer` is told; `folder` is where checkpoints go."""
+    """What `Trainer` is told; folder: where checkpoints go; measured: whether it begins with a measurement."""
     on_cpu = device.type == "cpu" and not ("LOCAL_RANK" in os.environ and torch.cuda.is_available())
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -165,6 +171,7 @@ def training_arguments(
         save_steps=settings.save_every or 1,
         logging_steps=settings.log_every,
         logging_nan_inf_filter=False,
+        eval_on_start=measured,
         report_to=settings.report_to,
         seed=settings.seed,
         use_cpu=on_cpu,

@@ -22,6 +22,7 @@ from transformers.trainer import SCHEDULER_NAME
 from nestling import processes
 from nestling.errors import CheckpointError, NestlingError
 from nestling.quiet import quiet
+from nestling.train.held_out import HeldOut, MeasureNow
 from nestling.train.learner import Learner
 from nestling.train.sharding import load_optimizer, load_weights, save_shards
 
@@ -32,9 +33,11 @@ STUDENT = "student."
 class LearnerTrainer(Trainer):
     """Trains a `Learner`."""
 
-    def __init__(self, learner: Learner, **arguments: Any):
-        self.learner = learner
+    def __init__(self, learner: Learner, held_out: HeldOut | None = None, **arguments: Any):
+        self.learner, self.held_out = learner, held_out
         super().__init__(model=learner, **arguments)
+        if held_out is not None:
+            self.add_callback(MeasureNow(held_out.every))
         if learner.is_sharded:
             self._leave_placement()
         self.add_callback(_Begin(learner))
@@ -81,6 +84,18 @@ class LearnerTrainer(Trainer):
             logs |= {name: total.item() / steps for name, total in totals.items()}
             self._parts, self._logged_at = {}, self.state.global_step
         super().log(logs)
+
+    def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
+        """The loss on held-out text, into the log; before the first step the teacher's too."""
+        assert self.held_out is not None, "this training has no held-out text"
+        how = (self.learner, self.args.device, self.args.per_device_train_batch_size)
+        with self.compute_loss_context_manager():
+            logs = {"eval_loss": self.held_out.loss(*how)}
+            if self.state.global_step == 0 and self.learner.teacher is not None:
+                logs["eval_teacher_loss"] = self.held_out.loss(*how, of_teacher=True)
+        self.log(logs)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        return logs
 
     def create_optimizer(self, *arguments: Any, **keywords: Any) -> torch.optim.Optimizer:
         """As `Trainer` does, with the learning rate of some parameters multiplied as the learner says."""
