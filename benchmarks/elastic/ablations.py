@@ -1,9 +1,9 @@
 """What each part of elastic training is worth: short runs that differ from one in a single word.
 
 `ARMS` is the whole experiment. Parent, data and losses are those of `one_run`; `minus` in the table is an arm's mean
-loss over parent and members less that of the run it is held against, in nats, so above zero is worse. Long arms end
-with a second stage on longer sequences; `more short` has as many tokens at the first length, the control that the paper
-lacks.
+loss over parent and members less that of the run it is held against, in nats, so above zero is worse. Depth is ranked
+three ways for members of given shapes that lose layers. Long arms end with a second stage on longer sequences; `more
+short` has as many tokens at the first length, the control that the paper lacks.
 
     python -m benchmarks.elastic.ablations [--work runs/elastic] [--seeds 0 1] [--arms chain heterogeneous ...]
 
@@ -29,6 +29,10 @@ from nestling.data import calibration
 
 RESULT = Path(__file__).parents[1] / "results/elastic/ablations.json"
 LONG = 4 * ROWS["context"]
+DEPTH = {  # five and three of six layers, and neurons that meet the budgets: a router might cut no layer at all
+    "0.75x": nl.Shape(num_hidden_layers=5, intermediate_size=208),
+    "0.5x": nl.Shape(num_hidden_layers=3, intermediate_size=214),
+}
 
 
 class Arm(NamedTuple):
@@ -48,9 +52,18 @@ ARMS = {
     "one member a step": Arm({"members_per_step": 1}, paper="the paper draws one budget for each sample"),
     "trainable teacher": Arm({"teacher": "trainable"}, paper="no figures; a frozen teacher is what it uses"),
     "no teacher": Arm({"teacher": "none"}),
-    "output error": Arm({}, layers="output_error", paper="depth by the normalized error of what comes out"),
-    "block influence": Arm({}, layers="block_influence"),
+    "fewer layers": Arm({"shapes": DEPTH}),
+    "fewer by output error": Arm(
+        {"shapes": DEPTH}, "fewer layers", "output_error", paper="what the paper ranks layers by"
+    ),
+    "fewer by block influence": Arm({"shapes": DEPTH}, "fewer layers", "block_influence"),
     "heterogeneous": Arm({"per_layer": "intermediate_size"}, paper="no figures"),
+    "heterogeneous heads too": Arm({"per_layer": "intermediate_size,num_key_value_heads"}, paper="no figures"),
+    "no routing": Arm({"routing": 0.0}),
+    "routing 0.1": Arm({"routing": 0.1}),
+    "routing 0.3": Arm({"routing": 0.3}),
+    "routing 0.5": Arm({"routing": 0.5}),
+    "no probes": Arm({"probe_tokens": 0}),
     "straight through": Arm({"masks": "straight_through"}, paper="equation 50 against 51, no figures"),
     "chain": Arm({"chain": True}),
     "more short": Arm({}, tokens=2.0),

@@ -2,9 +2,9 @@
 
 The parent is a dense decoder of 0.7 M parameters, pretrained here on 1.28 M tokens of the source of the running Python.
 `elastic` trains 0.75x and 0.5x members and the parent together on T tokens. `separate` prunes the parent by the same
-ranking to the very shape that the router found and distills it on T tokens, on T/2 and on T/4; `uniform` and `random`
-are elastic runs with shapes that no router chose, both of the same budgets. Losses are of held-out text, nats per
-token; seconds are processor time.
+ranking to the very shape that the router found and distills it on T tokens, on T/2 and on T/4; `uniform`, `random` and
+`searched` are elastic runs with shapes that no router chose, of the same budgets. Losses are of held-out text, nats
+per token; seconds are processor time.
 
     python -m benchmarks.elastic.one_run [--work runs/elastic] [--seeds 0 1]
 
@@ -35,10 +35,14 @@ from nestling import hub
 from nestling.data import calibration, train_tokenizer
 from nestling.elastic import ElasticSettings
 from nestling.elastic.controls import random, uniform
+from nestling.elastic.harden import harden
+from nestling.elastic.space import Space
+from nestling.elastic.target import Target
 from nestling.elastic.train import importance, make_plan
 from nestling.evaluate import perplexity
 from nestling.hub.load import load_tokenizer
 from nestling.pretrain import architecture_config, build, pretrain
+from nestling.search import Budget, Pricing, pick, reachable
 from nestling.shape import Shape
 
 RESULT = Path(__file__).parents[1] / "results/elastic/one_run.json"
@@ -59,7 +63,8 @@ ROWS = {"context": 128, "batch_size": 4, "micro_batch_size": 4, "save_every": 0}
 TOKENS = ROWS["context"] * ROWS["batch_size"]
 PARENT_STEPS = 2500
 RATE = 1e-3
-CONTROLS = ("uniform", "random")
+CONTROLS = ("uniform", "random", "searched")
+NEAR = 100.0  # how much more than anything else the searched sizes are wished for
 PARTS = (1.0, 0.5, 0.25)  # of the elastic run's tokens, for separate runs
 
 
@@ -109,12 +114,12 @@ class Bench:
         return rows
 
     def elastic(self, seed: int, arm: str = "elastic", **changed: Any) -> list[dict[str, Any]]:
-        """One run for all members; shapes by the router, the same part of every axis, or drawn.
+        """One run for all members; shapes by the router, by `search`, the same part of every axis, drawn, or given.
 
         changed: settings of the run that differ from those of the others.
         """
         parent, started = copy.deepcopy(self.parent), time.process_time()
-        shapes = self.shapes(parent, seed, arm) if arm in CONTROLS else None
+        shapes = self.shapes(parent, seed, arm) if arm in CONTROLS else changed.pop("shapes", None)
         settings = {"steps": self.steps, "learning_rate": RATE, "seed": seed, "log_every": 20, **ROWS, **self.options}
         family = nl.elastic.train(
             parent, BUDGETS, DATA, self.tokenizer, shapes=shapes, ranking=self.ranking(), **(settings | changed)
@@ -157,8 +162,16 @@ class Bench:
         """Shapes that meet the budgets and that no router has learned."""
         anatomy = nl.Anatomy.of(parent)
         plan = make_plan(anatomy, importance(anatomy, self.ranking()), BUDGETS, ElasticSettings())
-        make = uniform if arm == "uniform" else partial(random, seed=seed)
-        return {target.name: make(plan.space, target) for target in plan.targets}
+        make = {"uniform": uniform, "random": partial(random, seed=seed), "searched": partial(self.searched, seed=seed)}
+        return {target.name: make[arm](plan.space, target) for target in plan.targets}
+
+    def searched(self, space: Space, target: Target, seed: int) -> Shape:
+        """What `search` takes, on as much text as members are settled on, and grown from its grid onto the budget."""
+        text = calibration(self.parent, self.tokenizer, DATA, tokens=2048, context=128, seed=seed, generated=0.0)
+        reached = reachable(Pricing(space.anatomy, 4096, 1, self.ranking()), Budget.parse(target.name))
+        found = space.sizes_of(pick(self.parent, self.ranking(), reached, list(text))[0].shape)
+        wish = {f: -NEAR * (k.sizes - found[f][:, None]).abs() / k.sizes.amax() for f, k in space.knobs.items()}
+        return space.shape(harden(space, target, wish))
 
     def ranking(self) -> nl.Ranking:
         path = self.work / "ranking.safetensors"
