@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nestling.elastic.member import Blocks, Member, runs
+from nestling.elastic.member import Blocks, Member, connect
 from nestling.surgery import prune
 from tests.elastic.toy import selected, sorted_parent
 from tests.models import SHARED, VARIANTS, cuts, in_float64, logits, token_batches
@@ -29,9 +29,8 @@ def test_gradients_reach_the_parent_and_stay_inside_the_slice(variant):
     selection = selected(model, ranking, shape)
     child, member = prune(model, ranking, shape), Member(model, selection)
     child(input_ids=IDS, labels=IDS).loss.backward()
-    with member.connected() as running:
-        loss = running(input_ids=IDS, labels=IDS).loss
-    loss.backward()
+    connect([member])
+    member.model(input_ids=IDS, labels=IDS).loss.backward()
     place = {layer: i for i, layer in enumerate(selection.form.layers)}
     for spec in selection.anatomy.tensors.values():
         found = model.get_parameter(spec.name).grad
@@ -73,8 +72,3 @@ def test_a_member_that_keeps_other_units_is_another_model():
     shape = {"intermediate_size": 30}
     wrong = Member(other, selected(other, ranking, shape))
     assert not torch.allclose(logits(wrong.model, IDS), logits(prune(model, ranking, shape), IDS), atol=1e-2)
-
-
-def test_runs():
-    assert runs(torch.tensor([0, 1, 2, 6, 7, 9])) == [(0, 3), (6, 2), (9, 1)]
-    assert runs(torch.arange(4)) == [(0, 4)]

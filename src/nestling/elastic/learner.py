@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from nestling import processes
 from nestling.anatomy import decoder, logits_head
 from nestling.elastic.harden import harden
-from nestling.elastic.member import Member
+from nestling.elastic.member import Member, connect
 from nestling.elastic.prior import even
 from nestling.elastic.router import Router, gumbel, relaxed
 from nestling.elastic.settings import WHOLE, ElasticSettings
@@ -168,6 +168,8 @@ class ElasticLearner(Learner):
             losses.append(guard)
         elif self.teacher is not None:
             step.taught = self.teach(inputs)
+        if self.settled:
+            connect([self._member(number) for number in self._weights() if number >= 0])
         for number, weight in self._weights().items():
             if number >= 0 or self.settings.teacher != "trainable":
                 loss, parts[self._label(number)] = self._member_loss(number, step)
@@ -205,8 +207,7 @@ class ElasticLearner(Learner):
         if number >= 0 and self.settled:
             member = self._member(number)
             self._used |= {id(tensor) for tensor in member.used()}
-            with member.connected() as model:
-                yield model
+            yield member.model
             return
         self._used |= {id(p) for p in self.student.parameters()}
         if number < 0:

@@ -5,15 +5,14 @@ costs next to no memory. The member is a stock transformers model of the member'
 given windows. A matrix whose kept rows or columns lie in several runs (query heads inside KV groups, gate and up in
 one matrix) has no single window: `Blocks` multiplies run by run instead. Vectors that have none are copied.
 
-`connected` puts windows on the parent's parameters in their place for a training step, so that gradients flow into
-the parent and the step costs what the member costs. Nothing here knows an architecture.
+`connect` puts differentiable windows on the parent's parameters in their place for a training step, so that gradients
+flow into the parent and the step costs what the member costs. Nothing here knows an architecture.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,14 +23,11 @@ from torch import LongTensor, Tensor, nn
 from transformers import PreTrainedModel
 
 from nestling.anatomy import Rescale, TensorSpec
+from nestling.elastic.windows import Window, runs_of, scattered, seen_through, windows
 from nestling.quiet import quiet
 from nestling.shape import child_config
 from nestling.surgery.choose import Selection
 from nestling.surgery.cut import class_for, renamed
-
-# For each dimension of a tensor: all of it, one run of elements as (start, length), or the elements one by one.
-Runs = list[tuple[int, int]]
-Window = tuple[tuple[int, int] | LongTensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -45,14 +41,18 @@ class Part:
     factor: float = 1.0  # of a vector (w + offset) * factor - offset; matrices have it on their module's output
     offset: float = 0.0
 
-    def key(self, tensor: Tensor) -> Any:
-        """The same for parts that are one tensor: tied embeddings."""
-        scattered = any(isinstance(kept, Tensor) for kept in self.window)
-        return tensor.data_ptr(), self.factor, self.spec.name if scattered else self.window
+    @property
+    def seen(self) -> Any:
+        """The same for windows of one member that are alike."""
+        return self.spec.name if scattered(self.window) else self.window
 
-    def of(self, tensor: Tensor) -> Tensor:
-        """The kept part of the parent's tensor, differentiable: a view if there is one."""
-        kept = seen_through(self.window, tensor)
+    @property
+    def looked_up(self) -> bool:
+        """Whether rows are looked up in it, so that its gradient has few."""
+        return isinstance(self.module, nn.Embedding)
+
+    def of(self, kept: Tensor) -> Tensor:
+        """What the member computes with, from what its window shows of the parent's tensor: that, unless scaled."""
         return kept if self.factor == 1 else (kept + self.offset) * self.factor - self.offset
 
 
@@ -99,28 +99,20 @@ class Member:
         for part in self.parts:
             self._hold(part, held)
         self._scale_outputs()
-        self.model.eval()
-
-    @contextmanager
-    def connected(self, weights: Callable[[str], Tensor] | None = None) -> Iterator[PreTrainedModel]:
-        """The model on differentiable windows of the parent's parameters; backward may come after the block.
-
-        weights: gives the parent's tensor of a name, its own parameters unless given. A recomputation in the backward
-        pass still sees the windows: they stay until the next block or `disconnect`.
-        """
-        self.disconnect()
-        seen: dict[Any, Tensor] = {}
         for part in self.parts:
-            tensor = weights(part.spec.name) if weights else tensor_of(self.parent, part.spec.name)
-            key = part.key(tensor)
-            if key not in seen:
-                seen[key] = part.of(tensor)
-            part.module.__dict__[part.attribute] = seen[key]  # found before the registered parameter
-        yield self.model
+            if part.looked_up:
+                cast(
+                    Any, part.module
+                ).sparse = True  # its gradient: a matrix of zeros with the rows of a batch otherwise
+        self.model.eval()
 
     def used(self) -> Iterator[Tensor]:
         """The parent's tensors that this member has a part of."""
-        return (tensor_of(self.parent, part.spec.name) for part in self.parts)
+        return (self.tensor(part) for part in self.parts)
+
+    def tensor(self, part: Part) -> Tensor:
+        """The parent's tensor that a part is cut from, as it is now."""
+        return tensor_of(self.parent, part.spec.name)
 
     def disconnect(self) -> None:
         """Back to plain windows, without gradients."""
@@ -134,7 +126,7 @@ class Member:
         tensor = tensor_of(self.parent, spec.name)
         window = _window(self.selection.index(spec), tensor.shape)
         module = self.model.get_submodule(path)
-        if _scattered(window) and type(module) is nn.Linear and len(window) == 2:
+        if scattered(window) and type(module) is nn.Linear and len(window) == 2:
             module = _in_blocks(module, tensor.detach(), window)
             self.model.set_submodule(path, module)
         factors = {rescale.tensor: (factor, rescale.offset) for rescale, factor in _rescales(self.selection)}
@@ -144,10 +136,10 @@ class Member:
     def _hold(self, part: Part, held: dict[Any, nn.Parameter]) -> None:
         if isinstance(part.module, Blocks) and part.attribute == "weight":
             return
-        tensor = tensor_of(self.parent, part.spec.name).detach()
-        key = part.key(tensor)
+        tensor = self.tensor(part).detach()
+        key = tensor.data_ptr(), part.factor, part.seen
         if key not in held:  # tied tensors stay one parameter
-            kept = part.of(tensor)
+            kept = part.of(seen_through(part.window, tensor))
             self.copied_bytes += 0 if _shares(kept, tensor) else kept.numel() * kept.element_size()
             held[key] = nn.Parameter(kept, requires_grad=False)
         if part.attribute in part.module._buffers:
@@ -163,22 +155,23 @@ class Member:
                 module.register_forward_hook(lambda module, args, output, factor=factor: output * factor)
 
 
-def seen_through(window: Window, tensor: Tensor) -> Tensor:
-    """The elements of a tensor that a window keeps, in their order; a view unless some lie in several runs."""
-    for dim, kept in enumerate(window):
-        if isinstance(kept, tuple):
-            tensor = tensor.narrow(dim, *kept)
-        elif kept is not None:
-            tensor = tensor.index_select(dim, kept.to(tensor.device))
-    return tensor
+def connect(members: Sequence[Member]) -> None:
+    """Let members of one parent run on differentiable windows of its parameters, all of a tensor in one function.
 
-
-def runs(index: Tensor) -> list[tuple[int, int]]:
-    """Stretches of consecutive numbers in an index, as (start, length)."""
-    breaks = (torch.nonzero(index.diff() != 1).flatten() + 1).tolist()
-    starts = [0, *breaks]
-    ends = [*breaks, len(index)]
-    return [(int(index[start]), end - start) for start, end in zip(starts, ends, strict=True)]
+    They stay until the next call or `disconnect`, so a recomputation in the backward pass still sees them.
+    """
+    parts: dict[Tensor, dict[Any, list[Part]]] = {}
+    for member in members:
+        member.disconnect()
+        for part in member.parts:
+            parts.setdefault(member.tensor(part), {}).setdefault((id(member), part.seen, part.looked_up), []).append(
+                part
+            )
+    for tensor, alike in parts.items():
+        seen = windows(tensor, [same[0].window for same in alike.values()])
+        for kept, same in zip(seen, alike.values(), strict=True):
+            for part in same:
+                part.module.__dict__[part.attribute] = part.of(kept)  # found before the registered parameter
 
 
 def _window(index: tuple[LongTensor | None, ...], shape: tuple[int, ...]) -> Window:
@@ -186,7 +179,7 @@ def _window(index: tuple[LongTensor | None, ...], shape: tuple[int, ...]) -> Win
     for kept, size in zip(index, shape, strict=True):
         if kept is not None and kept.dim() > 1:
             kept = cast(LongTensor, kept[0])  # the first neurons of every expert alike
-        found = _runs_of(kept, size)
+        found = runs_of(kept, size)
         window.append(None if found == [(0, size)] else found[0] if len(found) == 1 else kept)
     return tuple(window)
 
@@ -204,12 +197,8 @@ def _skeleton(parent: PreTrainedModel, selection: Selection) -> PreTrainedModel:
 
 
 def _in_blocks(linear: nn.Linear, weight: Tensor, window: Window) -> Blocks:
-    rows, columns = (_runs_of(kept, size) for kept, size in zip(window, weight.shape, strict=True))
+    rows, columns = (runs_of(kept, size) for kept, size in zip(window, weight.shape, strict=True))
     return Blocks(weight, rows, columns, linear.bias)
-
-
-def _runs_of(kept: tuple[int, int] | Tensor | None, size: int) -> list[tuple[int, int]]:
-    return runs(kept) if isinstance(kept, Tensor) else [kept or (0, size)]
 
 
 def _rescales(selection: Selection) -> list[tuple[Rescale, float]]:
@@ -226,10 +215,6 @@ def tensor_of(model: nn.Module, name: str) -> Tensor:
     """A model's tensor by its full name."""
     path, _, attribute = name.rpartition(".")
     return cast(Tensor, getattr(model.get_submodule(path), attribute))
-
-
-def _scattered(window: Window) -> bool:
-    return any(isinstance(kept, Tensor) for kept in window)
 
 
 def _shares(kept: Tensor, tensor: Tensor) -> bool:
