@@ -62,7 +62,8 @@ def hold(folder: Path) -> Hold | None:
 def held(folder: str | Path | None) -> Iterator[None]:
     """While open, the first of this job's processes holds the folder, which is made if it is missing.
 
-    Does nothing without a folder. Raises `CheckpointError`, in all processes, when another job holds it or it cannot be made.
+    Does nothing without a folder. Raises `CheckpointError`, in all processes, when another job holds it or it cannot be
+    made.
     """
     found: list[Hold | None] = []
     if folder is not None:
