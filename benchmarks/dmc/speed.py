@@ -31,6 +31,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache, set_seed
 
 from nestling import dmc
+from nestling.anatomy import cache_name
 from nestling.dmc.runtime import kernel
 from nestling.dmc.runtime.slots import SlotLayer
 
@@ -124,7 +125,7 @@ def stepper(of: PreTrainedModel, cache: Any, context: int, batch: int = 1) -> Ca
     def run() -> None:
         for _ in range(STEPS):
             position = torch.full((batch, 1), state["at"])
-            out = of(state["token"], position_ids=position, past_key_values=cache, use_cache=True)
+            out = of(state["token"], position_ids=position, use_cache=True, **{cache_name(of): cache})
             state["token"] = out.logits[:, -1:].argmax(-1)
             state["at"] += 1
 

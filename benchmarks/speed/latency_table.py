@@ -25,7 +25,7 @@ from rich.table import Table as Printed
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nestling import hub
-from nestling.anatomy import Anatomy, decoder
+from nestling.anatomy import Anatomy, cache_name, decoder
 from nestling.search import Pricing, describe
 from nestling.search.latency import Table
 from nestling.search.parts import Work
@@ -86,11 +86,12 @@ def compare(pricing: Pricing, chosen: argparse.Namespace) -> list[dict]:
 def step(child: PreTrainedModel, context: int, steps: int = 12) -> float:
     """Milliseconds of a decoding step after `context` tokens, median of a few."""
     ids = torch.ones(1, context, dtype=torch.long)
-    cached = decoder(child)(input_ids=ids, use_cache=True).past_key_values
+    name = cache_name(child)
+    cached = decoder(child)(input_ids=ids, use_cache=True)[name]
     seconds = []
     for _ in range(2 + steps):
         started = time.process_time()
-        child(input_ids=ids[:, :1], past_key_values=cached, use_cache=True)
+        child(input_ids=ids[:, :1], use_cache=True, **{name: cached})
         seconds.append(time.process_time() - started)
     return 1e3 * median(seconds[2:])
 

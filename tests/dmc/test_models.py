@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, S
 
 import nestling as nl
 from nestling import dmc
+from nestling.anatomy import cache_name
 from nestling.anatomy.attention import last_channel, sites
 from nestling.dmc.show import merges
 from nestling.errors import CheckpointError, NestlingError, UnsupportedArchitecture
@@ -32,7 +33,7 @@ def in_pieces(model, tokens, cuts, **inputs):
     cache, found = DynamicCache(config=model.config), []
     for start, stop in pairwise(cuts):
         mask = {"attention_mask": inputs["attention_mask"][:, :stop]} if inputs else {}
-        found.append(model(tokens[:, start:stop], past_key_values=cache, use_cache=True, **mask).logits)
+        found.append(model(tokens[:, start:stop], use_cache=True, **{cache_name(model): cache}, **mask).logits)
     return torch.cat(found, 1), cache
 
 
@@ -66,7 +67,7 @@ def test_tokens_are_dropped_by_other_architectures_too(variant):
 def test_what_is_shown_of_a_text_is_what_the_cache_holds_in_the_end():
     model, tokens = merging(method="dms", window=2), ids(1, 17)
     with torch.no_grad():
-        cache = model(tokens, use_cache=True).past_key_values
+        cache = model(tokens, use_cache=True)[cache_name(model)]
 
     class Given(_Tokenizer):
         def __call__(self, text):
@@ -154,7 +155,7 @@ def test_batch_rows_can_be_chosen_and_repeated(gates):
     cache.batch_select_indices(torch.tensor([2, 0]))
     cache.batch_repeat_interleave(2)
     with torch.no_grad():
-        out = model(tokens[[2, 2, 0, 0], 11:], past_key_values=cache).logits
+        out = model(tokens[[2, 2, 0, 0], 11:], **{cache_name(model): cache}).logits
     torch.testing.assert_close(out[:, 0], whole[[2, 2, 0, 0], 11], atol=1e-10, rtol=0)
 
 
@@ -167,7 +168,7 @@ def test_a_saved_cache_goes_on_as_if_nothing_happened(tmp_path, gates):
     cache = dmc.load_cache(tmp_path / "cache.safetensors")
     assert cache.get_seq_length() == 10
     with torch.no_grad():
-        out = [model(tokens[:, t : t + 1], past_key_values=cache).logits for t in (10, 11)]
+        out = [model(tokens[:, t : t + 1], **{cache_name(model): cache}).logits for t in (10, 11)]
     torch.testing.assert_close(torch.cat(out, 1), whole[:, 10:], atol=1e-10, rtol=0)
     (tmp_path / "cache.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="damaged"):
@@ -200,7 +201,7 @@ def test_merged_tokens_cannot_be_taken_back():
 def test_what_a_compressed_model_cannot_take_is_said():
     model = merging()
     with pytest.raises(ValueError, match="DynamicCache"):
-        model(ids(), past_key_values=StaticCache(config=model.config, max_cache_len=32))
+        model(ids(), **{cache_name(model): StaticCache(config=model.config, max_cache_len=32)})
     with pytest.raises(ValueError, match="real tokens only"):
         model(ids(), attention_mask=torch.ones(2, 1, 17, 17))
     with pytest.raises(ValueError, match="one sequence per row"):

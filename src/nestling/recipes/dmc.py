@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nestling import data, dmc, evaluate
+from nestling.anatomy import cache_name
 from nestling.dmc import RetrofitSettings
 from nestling.dmc.show import Merges, merges
 from nestling.errors import NestlingError
@@ -186,7 +187,7 @@ def _cached(source: Source, settings: DmcEval) -> dict[str, int]:
     options: Any = {"context": settings.context, "tokens": settings.context, "split": settings.split}
     ids = data.batches(settings.data, source.tokenizer, **options)[0]["input_ids"][:1]
     with torch.no_grad():
-        cache = source.model(input_ids=ids.to(source.model.device), use_cache=True).past_key_values
+        cache = source.model(input_ids=ids.to(source.model.device), use_cache=True)[cache_name(source.model)]
     item = source.model.dtype.itemsize
     full = sum(2 * layer.length.shape[1] * layer.keys.shape[-1] * item for layer in dmc.slot_layers(cache))
     return {"cache_bytes": dmc.cache_bytes(cache), "full_cache_bytes": full * ids.shape[1]}
