@@ -1,11 +1,15 @@
-"""SmolLM2-135M pruned by others' criteria and by Nestling's defaults, side by side in one run, without training.
+"""SmolLM2-135M pruned by others' criteria and by Nestling's defaults, side by side in one run; and distilled.
 
 A quarter and half of the FFN off, 4 and 6 of 30 layers off. Every arm gets as many tokens of calibration text from the
 same file; Nestling, as `compress` does, replaces half of them by the parent's own text and repairs the cut. `by` says
 what a row is: a peer's package from PyPI, driving each FFN on its own, or its published criterion behind the metric
 interface. Perplexity on text like the calibration text (its validation part) and on other texts, given by path.
 
+`--tokens N` distills the children of two budgets on so many tokens of the text, all in the same way, but for what is
+hopeless or of no interest then. Rows that are recorded are not computed again.
+
     python -m benchmarks.peers.smollm2 --text A.txt --other B.txt C.txt [--seeds 0 1]
+    python -m benchmarks.peers.smollm2 --text A.txt --other B.txt C.txt --seeds 0 --tokens 8192
 """
 
 from __future__ import annotations
@@ -41,6 +45,8 @@ BUDGETS = {
     "4 layers off": nl.Shape(num_hidden_layers=26),
     "6 layers off": nl.Shape(num_hidden_layers=24),
 }
+DISTILLED = ("FFN 25 % off", "4 layers off")
+HOPELESS = ("Torch-Pruning, magnitude", "random, ends kept", "nestling, cut alone")  # or of no interest, once distilled
 CRITERIA = {"Wanda, summed over columns": "wanda", "FLAP, without its bias": "flap"}  # of neurons: arm -> metric
 OURS = "nestling"
 Build = Callable[[], PreTrainedModel]
@@ -51,18 +57,30 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="file to calibrate on, and to judge on by its validation part")
     parser.add_argument("--other", nargs="+", required=True, help="files of other text")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the calibration text")
+    parser.add_argument(
+        "--tokens", type=int, default=0, help="of distillation, at the mild budgets alone; 0: as pruned"
+    )
     chosen, record = parser.parse_args(), Record("peers", "smollm2")
     parent, tokenizer = nl.load(MODEL, dtype="float32")
     judge = Judge(chosen.text, chosen.other, tokenizer)
-    record.row({"budget": "none", "arm": "parent", "by": "", "seed": 0}, lambda: judge(parent))
+    record.row({"budget": "none", "arm": "parent", "by": "", "seed": 0, "tokens": 0}, lambda: judge(parent))
     for seed in chosen.seeds:
         peers = Peers(parent, tokenizer, chosen.text, seed)
-        for budget, shape in BUDGETS.items():
-            for arm, by, build in peers.arms(shape):
-                key = {"budget": budget, "arm": arm, "by": by, "seed": seed}
-                record.row(key, lambda build=build: judge(build()))
+        for budget, arm, by, build in rows(peers, chosen.tokens):
+            key = {"budget": budget, "arm": arm, "by": by, "seed": seed, "tokens": chosen.tokens}
+            record.row(key, lambda build=build: judge(build()))
         record.save(claims(record), calibration_tokens=CALIBRATION_TOKENS, evaluation_tokens=EVALUATION_TOKENS)
     show(record)
+
+
+def rows(peers: Peers, tokens: int) -> Iterator[tuple[str, str, str, Build]]:
+    """Budget, arm, what it is of the peer, and how its child is made and, for more than 0 tokens, distilled."""
+    for budget, shape in BUDGETS.items():
+        for arm, by, build in peers.arms(shape):
+            if not tokens:
+                yield budget, arm, by, build
+            elif budget in DISTILLED and arm not in HOPELESS:
+                yield budget, arm, by, lambda build=build: peers.distilled(build(), tokens)
 
 
 class Judge:
@@ -84,7 +102,7 @@ class Peers:
     """One sample of calibration text, and every arm's child of it."""
 
     def __init__(self, parent: PreTrainedModel, tokenizer: Any, text: str, seed: int):
-        self.parent, self.seed = parent.eval(), seed
+        self.parent, self.tokenizer, self.text, self.seed = parent.eval(), tokenizer, text, seed
         options = {"context": CONTEXT, "tokens": CALIBRATION_TOKENS, "seed": seed + 1000}
         self.batches = data.batches(text, tokenizer, **options)
         self._mixed = lambda: data.calibration(parent, tokenizer, text, **options)
@@ -115,6 +133,10 @@ class Peers:
             }.items():
                 yield arm, "criterion", lambda scores=scores: self.by_criterion(shape, scores())
         yield OURS, "default, repaired", lambda: nl.prune(self.parent, self.mixed_ranking, shape, repair=self.repair)
+
+    def distilled(self, child: PreTrainedModel, tokens: int) -> PreTrainedModel:
+        """By `distill`'s defaults, whoever cut the child."""
+        return nl.distill(child, self.parent, self.text, self.tokenizer, tokens=tokens, context=CONTEXT, seed=self.seed)
 
     def by_criterion(self, shape: nl.Shape, ranking: nl.Ranking) -> PreTrainedModel:
         return nl.prune(self.parent, ranking, shape)
@@ -174,31 +196,38 @@ class Peers:
 
 
 def claims(record: Record) -> dict[str, Row]:
-    """Our perplexity over that of the peer which is best at the budget, over all texts and seeds."""
+    """Our perplexity over that of the peer which is best at the budget, over all texts and seeds, for each length."""
     found = {}
-    for budget in BUDGETS:
-        arms: dict[str, dict[int, dict[str, float]]] = {}
-        for row in record.rows:
-            if row["budget"] == budget:
-                arms.setdefault(row["arm"], {})[row["seed"]] = row["perplexity"]
-        means = {
-            arm: geometric_mean([p for texts in seeds.values() for p in texts.values()]) for arm, seeds in arms.items()
-        }
-        best = min((arm for arm in arms if not arm.startswith(OURS)), key=means.__getitem__)
-        seeds = sorted(arms[OURS].keys() & arms[best].keys())
-        ratios = [arms[OURS][s][text] / arms[best][s][text] for s in seeds for text in arms[OURS][s]]
-        how = f"perplexity over that of the best peer ({best}), SmolLM2-135M, {budget}, no training; below 1 is better"
-        value = claim(ratios, seeds, how, "x")
-        found[f"perplexity_vs_best_peer, {budget}"] = value | {"value": round(geometric_mean(ratios), 4)}
+    for tokens in sorted({row["tokens"] for row in record.rows}):
+        for budget in BUDGETS:
+            same = [row for row in record.rows if (row["budget"], row["tokens"]) == (budget, tokens)]
+            if any(row["arm"] == OURS for row in same):
+                name = f"perplexity_vs_best_peer, {budget}" + (f", {tokens:,} tokens" if tokens else "")
+                trained = f"each distilled on {tokens:,} tokens" if tokens else "no training"
+                found[name] = against_best(same, f"SmolLM2-135M, {budget}, {trained}")
     return found
+
+
+def against_best(rows: list[Row], what: str) -> Row:
+    arms: dict[str, dict[int, dict[str, float]]] = {}
+    for row in rows:
+        arms.setdefault(row["arm"], {})[row["seed"]] = row["perplexity"]
+    means = {
+        arm: geometric_mean([p for texts in seeds.values() for p in texts.values()]) for arm, seeds in arms.items()
+    }
+    best = min((arm for arm in arms if not arm.startswith(OURS)), key=means.__getitem__)
+    seeds = sorted(arms[OURS].keys() & arms[best].keys())
+    ratios = [arms[OURS][s][text] / arms[best][s][text] for s in seeds for text in arms[OURS][s]]
+    value = claim(ratios, seeds, f"perplexity over that of the best peer ({best}), {what}; below 1 is better", "x")
+    return value | {"value": round(geometric_mean(ratios), 4)}
 
 
 def show(record: Record) -> None:
     texts = list(record.rows[0]["perplexity"])
-    table = Table("budget", "arm", "by", "seed", *texts)
-    for row in sorted(record.rows, key=lambda row: (row["budget"], row["arm"], row["seed"])):
+    table = Table("budget", "tokens", "arm", "by", "seed", *texts)
+    for row in sorted(record.rows, key=lambda row: (row["budget"], row["tokens"], row["arm"], row["seed"])):
         figures = (f"{row['perplexity'][text]:.1f}" for text in texts)
-        table.add_row(row["budget"], row["arm"], row["by"], str(row["seed"]), *figures)
+        table.add_row(row["budget"], str(row["tokens"]), row["arm"], row["by"], str(row["seed"]), *figures)
     Console(width=120).print(table)
 
 
