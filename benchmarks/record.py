@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
@@ -32,6 +33,7 @@ class Record:
 
     def __init__(self, area: str, name: str):
         self.area, self.name = area, name
+        commit()
         self.path = RESULTS / area / f"{name}.json"
         kept = json.loads(self.path.read_text()) if self.path.exists() else {}
         self.rows: list[Row] = kept.get("rows", [])
@@ -75,8 +77,9 @@ class Record:
         return shlex.join(["python", "-m", f"benchmarks.{self.area}.{self.name}", *options])
 
 
+@cache
 def commit() -> str:
-    """Of the code that runs."""
+    """Of the code that runs, as it was when it was first asked for."""
     return subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent
     ).stdout.strip()
