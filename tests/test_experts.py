@@ -226,6 +226,21 @@ def test_bfloat16_and_autocast_stay_near_float64():
     torch.testing.assert_close(close.double(), expected, rtol=0.1, atol=0.5)
 
 
+@pytest.mark.parametrize("weights_dtype", [torch.bfloat16, torch.float32])
+def test_gradients_of_biases_in_bfloat16_are_summed_in_float32(weights_dtype):
+    """In bfloat16 a sum of ones ends at 256: a sum row by row would lose most of it."""
+    module = Module(has_bias=True, is_transposed=True)
+    index, hidden = torch.arange(4000)[:, None] % 2, torch.rand(4000, HIDDEN).double()
+    weights = 0.5 + torch.rand(index.shape).double()
+    expected = grads(experts_forward, module, hidden, index, weights)[1]
+    module.bfloat16()
+    found = grads(experts_forward, module, hidden.bfloat16(), index, weights.to(weights_dtype))[1]
+    for name, close, exact in zip(dict(module.named_parameters()), found[2:], expected[2:], strict=True):
+        assert (close.double() - exact).norm() < 0.02 * exact.norm(), name
+    serial = torch.zeros(1, dtype=torch.bfloat16).index_add_(0, torch.zeros(2000).int(), torch.ones(2000).bfloat16())
+    assert serial.item() < 1900
+
+
 def test_a_norm_after_each_expert_is_not_ours():
     module = Module()
     module.has_post_expert_norm = True

@@ -204,6 +204,13 @@ class Plan:
             torch.bmm(a.transpose(1, 2), b, out=result)
         return out
 
+    def sums(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Sums over each expert's rows, in float32 within: `[rows, width]` -> `[experts, width]`, as `like` is."""
+        out = like.new_zeros(like.shape)
+        for pair, part in zip(self.pairs, self.split(rows), strict=True):
+            out[pair.start : pair.stop : pair.step] = part.sum(1)
+        return out
+
 
 def plan(index: Tensor, experts: int) -> tuple[Plan, Tensor, Tensor]:
     """Lay out the slots of `index` `[tokens, k]`: the plan, each slot's row `[tokens, k]`, each row's token."""
@@ -266,14 +273,16 @@ class _Compute(torch.autograd.Function):
         layout.product(layout.split(neurons), down, out)
         if down_bias is not None and expert_of_row is not None:
             out += (down_bias.index_select(0, expert_of_row) * weight).to(out.dtype)
-        ctx.save_for_backward(hidden, weights, row_of_slot, token_of_row, inner, up, down, down_bias, expert_of_row)
+        biases = (up_bias, down_bias, expert_of_row)
+        ctx.save_for_backward(hidden, weights, row_of_slot, token_of_row, inner, up, down, *biases)
         ctx.layout, ctx.activate = layout, activate
         return _gather_sum(row_of_slot, out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        hidden, weights, row_of_slot, token_of_row, inner, up, down, down_bias, expert_of_row = ctx.saved_tensors
+        hidden, weights, row_of_slot, token_of_row, inner, up, down, *biases = ctx.saved_tensors
+        up_bias, down_bias, expert_of_row = biases
         layout: Plan = ctx.layout
         weight = _spread(weights, row_of_slot, layout)
         rows = grad.index_select(0, token_of_row)
@@ -287,10 +296,10 @@ class _Compute(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             of_down = layout.outer(layout.split(_weighed(neurons, weight, ctx.activate)), parts, down)
         if ctx.needs_input_grad[6]:
-            of_down_bias = _sums(rows * weight, expert_of_row, len(up))
+            of_down_bias = layout.sums((rows * weight).to(rows.dtype), down_bias)
         of_inner = pull(pulled.mul_(weight))
         if ctx.needs_input_grad[5]:
-            of_up_bias = _sums(of_inner, expert_of_row, len(up))
+            of_up_bias = layout.sums(of_inner, up_bias)
         rows = torch.index_select(hidden, 0, token_of_row, out=_reused(rows, hidden))
         pieces = layout.split(of_inner)
         if ctx.needs_input_grad[3]:
@@ -362,10 +371,6 @@ def _expert_of_row(layout: Plan, row_of_slot: Tensor, index: Tensor, experts: in
     expert_of_row = torch.zeros(layout.rows, dtype=index.dtype, device=index.device)
     expert_of_row[row_of_slot.reshape(-1)] = index.reshape(-1).clamp_max(experts - 1)
     return expert_of_row
-
-
-def _sums(rows: Tensor, expert_of_row: Tensor, experts: int) -> Tensor:
-    return rows.new_zeros(experts, rows.shape[1]).index_add_(0, expert_of_row, rows)
 
 
 def _reused(rows: Tensor, hidden: Tensor) -> Tensor:

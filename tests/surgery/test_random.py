@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from nestling.errors import ShapeError
+from nestling.experts import use_fast_experts
 from nestling.surgery import prune
 from tests.models import logits, random_ranking, tiny
 
@@ -126,7 +127,7 @@ def generates_from_disk(child):
     ids = torch.randint(3, 97, (2, 6), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:
         child.save_pretrained(folder)
-        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        loaded = use_fast_experts(AutoModelForCausalLM.from_pretrained(folder))
         assert torch.equal(logits(loaded, ids), logits(child, ids))
         new = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         written = loaded.generate(ids, use_cache=True, return_dict_in_generate=True, output_logits=True, **new)
