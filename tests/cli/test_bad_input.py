@@ -164,7 +164,11 @@ DATA = {
     "split": (["eval", "m", "--data", "text.jsonl", "--split", "dev"], None, "split 'dev' is not known: use train"),
 }
 NUMBER = {
-    "tokens": (["rank", "m", *TEXT, "--tokens", "-5"], None, "-5 tokens are not possible: ask for at least 1"),
+    "tokens": (
+        ["rank", "m", *TEXT, "--calibration_tokens", "-5"],
+        None,
+        "-5 tokens are not possible: ask for at least 1",
+    ),
     "context": (
         ["rank", "m", "--data", "text.jsonl", "--context", "-3"],
         None,
@@ -199,7 +203,11 @@ NUMBER = {
     ),
     "costs": (["inspect", "m", "--batch", "0"], None, "batch 0 is not possible: give at least 1"),
     "rounds": (["bench", "m", "--rounds", "0"], None, "rounds 0 is not possible: give at least 1"),
-    "no number": (["rank", "m", "--tokens", "abc"], None, "--tokens: expected int, got abc: see nestling rank --help"),
+    "no number": (
+        ["rank", "m", "--calibration_tokens", "abc"],
+        None,
+        "--calibration_tokens: expected int, got abc: see nestling rank --help",
+    ),
 }
 PLACE = {
     "folder in use": (

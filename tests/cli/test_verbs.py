@@ -11,7 +11,7 @@ from nestling.cli import VERBS, main
 from nestling.ranking import Ranking
 from nestling.shape import Shape
 from tests import checkpoint
-from tests.cli.workplace import FEW, JOB, run
+from tests.cli.workplace import FEW, JOB, TEXT, run
 from tests.models import logits
 
 IDS = torch.arange(3, 15)[None]
@@ -46,6 +46,19 @@ def test_rank_search_prune_and_distill_in_steps(place, capsys):
     assert trained == {"model": "run/model", "tokens": 128}
     assert not torch.equal(logits(load(place / "run/model"), IDS), logits(load(place / "small"), IDS))
     assert run(capsys, "distill", "small", "--teacher", "m", *FEW[:2], "--out", "run", *JOB[-8:]) == trained
+
+
+def test_a_former_name_is_understood_with_a_word(place, capsys):
+    run(capsys, "rank", "m", "--out", "now", *FEW)
+    assert main(["rank", "m", "--out", "former", *TEXT, "--tokens=128", "--generated", "0"]) == 0
+    assert "--tokens of rank is called --calibration_tokens now" in capsys.readouterr().err
+    now, then = Ranking.load(place / "now"), Ranking.load(place / "former")
+    assert now.fingerprint == then.fingerprint
+    (place / "rank.yaml").write_text("tokens: 128\n")
+    assert main(["rank", "m", *TEXT, "--config", "rank.yaml"]) == 2
+    assert "tokens is called calibration_tokens now" in capsys.readouterr().err
+    assert main(["compress", "m", "--tokens", "128"]) == 2  # negative control: it never had that name
+    assert "called" not in capsys.readouterr().err
 
 
 def test_search_may_write_its_shape_to_a_file(place, capsys):

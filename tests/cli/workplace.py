@@ -13,7 +13,7 @@ from nestling.recipes import child
 from tests import checkpoint
 
 TEXT = ["--data", "text.jsonl", "--context", "32"]
-FEW = [*TEXT, "--tokens", "128", "--generated", "0"]
+FEW = [*TEXT, "--calibration_tokens", "128", "--generated", "0"]
 JOB = [
     *TEXT,
     *("--calibration_tokens", "256", "--evaluation_tokens", "64", "--generated", "0", "--finalists", "2"),

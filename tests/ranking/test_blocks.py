@@ -165,7 +165,7 @@ def test_the_verb_takes_blocks_tasks_and_rounds(tmp_path, capsys):
     folder = write(tmp_path / "model")
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(json.dumps({"sentence_good": "the cat sat", "sentence_bad": "cat the sat"}) + "\n")
-    common = ["rank", str(folder), "--tokens", "64", "--context", "16", "--generated", "0"]
+    common = ["rank", str(folder), "--calibration_tokens", "64", "--context", "16", "--generated", "0"]
     for extra in (
         ["--layer_block", "1"],
         ["--layer_task", str(pairs)],

@@ -77,19 +77,44 @@ def _run(arguments: list[str]) -> int:
 
     named = _named(arguments)
     try:
-        chosen, values = _parsed(arguments, named)
+        chosen, values = _parsed(_with_present_names(arguments, named), named)
     except ArgumentError as error:
-        verb = named or ""
-        hint = f"see nestling {verb} --help" if verb else "see nestling --help"
-        raise NestlingError(f"{_plain(str(error))}: {hint}") from error
+        hint = f"see nestling {named} --help" if named else "see nestling --help"
+        former = [f"{old} is called {new} now" for old, new in _former(named).items() if _names(str(error), old)]
+        raise NestlingError(f"{_plain(str(error))}: {', '.join([*former, hint])}") from error
     as_json = values.pop("json")
     values.pop("config", None)
-    module, settings, function, _ = VERBS[chosen]
-    recipe = import_module(f"nestling.recipes.{module}")
-    result = getattr(recipe, function)(getattr(recipe, settings)(**values))
+    module, _, function, _ = VERBS[chosen]
+    result = getattr(import_module(f"nestling.recipes.{module}"), function)(_settings(chosen)(**values))
     if as_json:
         print(json.dumps(result, default=str))
     return 0
+
+
+def _former(verb: str | None) -> dict[str, str]:
+    """Former names of a verb's settings, and what they are called now."""
+    return dict(getattr(_settings(verb), "FORMER", {})) if verb else {}
+
+
+def _with_present_names(arguments: list[str], verb: str | None) -> list[str]:
+    """Arguments in which former names stand no more; each that did is told."""
+    found = list(arguments)
+    for old, new in _former(verb).items():
+        for place, argument in enumerate(found):
+            if argument.partition("=")[0] == f"--{old}":
+                found[place] = f"--{new}{argument.removeprefix(f'--{old}')}"
+                print(f"nestling: --{old} of {verb} is called --{new} now", file=sys.stderr)
+    return found
+
+
+def _names(message: str, setting: str) -> bool:
+    return re.search(rf"\b{setting}\b", message) is not None
+
+
+def _settings(verb: str) -> Any:
+    """The class of a verb's settings."""
+    module, settings, _, _ = VERBS[verb]
+    return getattr(import_module(f"nestling.recipes.{module}"), settings)
 
 
 def _plain(message: str) -> str:
@@ -101,12 +126,7 @@ def _plain(message: str) -> str:
 
 def _as_lists(arguments: list[str], verb: str) -> list[str]:
     """Several values after an option that takes a list (`--to 0.75x 0.5x`), as the parser wants them."""
-    module, settings, _, _ = VERBS[verb]
-    taking = {
-        f"--{field.name}"
-        for field in dataclasses.fields(getattr(import_module(f"nestling.recipes.{module}"), settings))
-        if field.type == "list[str]"
-    }
+    taking = {f"--{field.name}" for field in dataclasses.fields(_settings(verb)) if field.type == "list[str]"}
     result: list[str] = []
     waiting = [SHORT.get(argument, argument) for argument in arguments]
     while waiting:
@@ -132,13 +152,13 @@ def _parsed(arguments: list[str], named: str | None) -> tuple[str, dict[str, Any
     verbs = parser.add_subcommands(required=True, dest="verb", metavar="VERB")
     if named and " " in named:
         arguments = [_hyphened(named), *arguments[2:]]
-    for verb, (module, settings, _, summary) in VERBS.items():
+    for verb, (_, _, _, summary) in VERBS.items():
         sub = ArgumentParser(description=summary, exit_on_error=False)
         if named in (None, verb):
             sub.add_argument("--config", action="config", help="YAML file with these settings")
             sub.add_argument("--json", action="store_true", help="print one JSON object on the last line")
         if named == verb:
-            sub.add_class_arguments(getattr(import_module(f"nestling.recipes.{module}"), settings), as_positional=True)
+            sub.add_class_arguments(_settings(verb), as_positional=True)
         verbs.add_subcommand(_hyphened(verb), sub, help=summary)
     chosen = parser.parse_args(_as_lists(arguments, named) if named else arguments)
     verb = next(verb for verb in VERBS if _hyphened(verb) == chosen.verb)

@@ -58,7 +58,6 @@ class ChildSettings(ShapeSettings):
         layers: Importance of layers: block_influence, perplexity, kl or output_error.
         merge: What becomes of pruned query heads: none, paper or average.
         repair: Refit the matrices that read pruned units by least squares on the calibration text.
-        calibration_tokens: Tokens to rank and to score candidates with.
         distill: Settings of the distillation.
         evaluate_on: Further data sets to report perplexity on, besides the validation part of the training data.
         evaluation_tokens: Tokens per data set for perplexity.
@@ -70,7 +69,6 @@ class ChildSettings(ShapeSettings):
     layers: str = "block_influence"
     merge: str = "none"
     repair: bool = True
-    calibration_tokens: int = 8192
     distill: DistillSettings = field(default_factory=DistillSettings)
     evaluate_on: str | list[str] = ""
     evaluation_tokens: int = 8192

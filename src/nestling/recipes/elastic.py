@@ -49,7 +49,6 @@ class ElasticTrain(CalibrationSettings):
         model: Hub id, folder, GGUF file, or builtin:smollm2-135m-instruct.
         to: Budgets, one word each (0.75x 0.5x), with + between several limits of one (params=0.6x+kv_bytes=0.5x).
         out: Run folder; everything the job makes goes there.
-        calibration_tokens: Tokens to rank with.
         layers: Importance of layers: kl, block_influence, perplexity or output_error.
         train: Settings of the training.
         evaluation_tokens: Tokens of the validation part on which members are measured; 0 for none.
@@ -62,7 +61,6 @@ class ElasticTrain(CalibrationSettings):
     model: str
     to: list[str] = field(default_factory=lambda: ["0.75x", "0.5x"])
     out: str = "runs/elastic"
-    calibration_tokens: int = 8192
     layers: str = "kl"
     train: ElasticSettings = field(default_factory=ElasticSettings)
     evaluation_tokens: int = 8192

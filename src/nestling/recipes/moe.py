@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from nestling.recipes.scratch import (
     trained_tokenizer,
     validated,
 )
-from nestling.recipes.settings import CalibrationSettings, ModelSettings
+from nestling.recipes.settings import FORMER_TOKENS, CalibrationSettings, ModelSettings
 from nestling.recipes.source import Source, in_batches, load
 from nestling.recipes.summary import origin
 from nestling.report import write_report
@@ -82,9 +82,10 @@ class ExpertSettings(CalibrationSettings):
         dense: Put the kept experts side by side as one FFN, to be distilled; keep is then the number of them, that of a
             token's experts unless given.
         out: Folder to write the model to.
-        tokens: Calibration tokens.
         overwrite: Replace the output folder.
     """
+
+    FORMER: ClassVar[dict[str, str]] = FORMER_TOKENS
 
     model: str
     keep: str | None = None
@@ -92,7 +93,6 @@ class ExpertSettings(CalibrationSettings):
     merge: bool = False
     dense: bool = False
     out: str = "pruned"
-    tokens: int = 8192
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -153,8 +153,8 @@ def prune_experts(settings: ExpertSettings) -> dict[str, Any]:
     next(moe.routed_modules(source.model))  # refuses a model without experts
     axis = next(axis for axis in anatomy.axes.values() if axis.active)
     keep = _kept(settings.keep, anatomy.value(axis, anatomy.routed_layers()[0])) if settings.keep else None
-    batches = in_batches(source.calibration(settings, settings.tokens))
-    with bar("ranking, tokens", settings.tokens) as advance:
+    batches = in_batches(source.calibration(settings, settings.calibration_tokens))
+    with bar("ranking, tokens", settings.calibration_tokens) as advance:
         ranking = rank(source.model, batches, metric={axis.field: settings.metric}, progress=advance)
     fewest = min(int(load.min()) for load in moe.loads(source.model, batches))
     console.print(f"the expert with the fewest calibration tokens saw {fewest}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from nestling.cost import cost
 from nestling.errors import CheckpointError, TargetError
 from nestling.ranking import Ranking, rank
 from nestling.recipes.progress import bar, console
-from nestling.recipes.settings import ShapeSettings
+from nestling.recipes.settings import FORMER_TOKENS, ShapeSettings
 from nestling.recipes.shapes import Ground, checked
 from nestling.recipes.source import Source, in_batches
 from nestling.report.human import count
@@ -40,9 +40,10 @@ class PruneSettings(ShapeSettings):
         out: Folder to write the model to.
         merge: What becomes of pruned query heads: none, paper or average.
         repair: Refit the matrices that read pruned units by least squares on the calibration text.
-        tokens: Calibration tokens.
         overwrite: Replace the output folder.
     """
+
+    FORMER: ClassVar[dict[str, str]] = FORMER_TOKENS
 
     model: str
     to: str | None = None
@@ -51,7 +52,6 @@ class PruneSettings(ShapeSettings):
     out: str = "pruned"
     merge: str = "none"
     repair: bool = True
-    tokens: int = 8192
     overwrite: bool = False
 
 
@@ -67,7 +67,7 @@ def prune_model(settings: PruneSettings) -> dict[str, Any]:
     if given is not None:
         check_ranking(Anatomy.of(source.model), given)
     target = checked(source.model, settings, settings.to, settings.shape)
-    text = source.calibration(settings, settings.tokens)
+    text = source.calibration(settings, settings.calibration_tokens)
     ranking = given or _ranking(source, text)
     repair = Repair(source.model, in_batches(text)) if settings.repair else None
     shape = Ground(source.model, settings, ranking, text, repair).candidates(target)[0].shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -17,7 +17,7 @@ from nestling.evaluate.pairs import read_pairs
 from nestling.ranking import Ranking, rank
 from nestling.recipes.progress import bar, console
 from nestling.recipes.run import check_place, write_atomically
-from nestling.recipes.settings import CalibrationSettings, at_least, check_metrics
+from nestling.recipes.settings import FORMER_TOKENS, CalibrationSettings, at_least, check_metrics
 from nestling.recipes.source import Source, in_batches
 from nestling.shape import Shape
 from nestling.surgery.iterate import rank_iteratively
@@ -32,7 +32,6 @@ class RankSettings(CalibrationSettings):
     Args:
         model: Hub id, folder, GGUF file, or builtin:smollm2-135m-instruct.
         out: File to write the ranking to.
-        tokens: Calibration tokens.
         batch_size: Rows per batch.
         metric: Importance of width units: contribution, relative or activation; what suits each axis unless given.
         over_batch: Aggregation over rows: mean, l2 or var; the metric's own unless given.
@@ -45,9 +44,10 @@ class RankSettings(CalibrationSettings):
         to_shape: Shape that the rounds lead to: FIELD=NUMBER,... or a JSON file.
     """
 
+    FORMER: ClassVar[dict[str, str]] = FORMER_TOKENS
+
     model: str
     out: str = "ranking.safetensors"
-    tokens: int = 8192
     batch_size: int = 8
     metric: str | None = None
     over_batch: str | None = None
@@ -71,7 +71,7 @@ def rank_model(settings: RankSettings) -> dict[str, Any]:
         raise NestlingError("rounds lead to a shape: say which with --to_shape intermediate_size=1024")
     target = Shape.parse(settings.to_shape) if settings.to_shape else None
     source = Source.open(settings)
-    rows = source.calibration(settings, settings.tokens)
+    rows = source.calibration(settings, settings.calibration_tokens)
     with bar("tokens", rows.numel() * settings.rounds) as advance:
         how = {
             "metric": settings.metric,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.table import Table
 
@@ -17,7 +17,7 @@ from nestling.ranking import Ranking
 from nestling.recipes.child import Origin, Parent
 from nestling.recipes.progress import Stages, console
 from nestling.recipes.run import KeptFigures, Run, check_place, write_atomically
-from nestling.recipes.settings import ShapeSettings
+from nestling.recipes.settings import FORMER_TOKENS, ShapeSettings
 from nestling.recipes.shapes import checked
 from nestling.recipes.summary import heading
 from nestling.report import write_report
@@ -39,24 +39,25 @@ class SearchSettings(ShapeSettings):
         out: Folder for the search; the best shape is shape.json in it. A name that ends in .json is the shape's file,
             and the folder is called so without the ending.
         repair: Score shapes as `prune` makes them with --repair.
-        tokens: Calibration tokens.
         distill: Settings of the short distillation, if --trial_tokens asks for it.
         overwrite: Start anew even if the folder holds a search.
     """
+
+    FORMER: ClassVar[dict[str, str]] = FORMER_TOKENS
 
     model: str
     to: str = "0.75x"
     ranking: str | None = None
     out: str = "runs/search"
     repair: bool = True
-    tokens: int = 4096
+    calibration_tokens: int = field(default=4096, kw_only=True)
     distill: DistillSettings = field(default_factory=DistillSettings)
     overwrite: bool = False
 
 
 def search(settings: SearchSettings) -> dict[str, Any]:
     """Rank candidate shapes for a budget, or go on with it; writes the best shape and returns them all."""
-    parent = Parent(settings, settings.tokens)
+    parent = Parent(settings, settings.calibration_tokens)
     target = checked(parent.model, settings, settings.to)
     given = Ranking.load(settings.ranking) if settings.ranking else None
     file = Path(settings.out)
@@ -81,7 +82,7 @@ def _summary(parent: Parent, origin: Origin, settings: SearchSettings, found: li
     """What the report shows of a search."""
     whole = cost(parent.model, context=settings.cost_context, batch=settings.cost_batch)
     return heading(settings, settings.to, parent.model) | {
-        "data": {"train": settings.data, "calibration_tokens": settings.tokens},
+        "data": {"train": settings.data, "calibration_tokens": settings.calibration_tokens},
         "parent": {"name": str(settings.model), "cost": whole.to_dict()},
         "shape": found[0].shape.to_dict(),
         "candidates": [one.to_dict() for one in found],

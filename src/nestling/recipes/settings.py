@@ -9,6 +9,8 @@ from nestling.ranking.metrics import find_metric
 from nestling.ranking.rank import check_layer_metric
 from nestling.train import documented
 
+FORMER_TOKENS = {"tokens": "calibration_tokens"}  # of the verbs whose only tokens these are
+
 
 @dataclass(kw_only=True)
 class ModelSettings:
@@ -34,12 +36,14 @@ class CalibrationSettings(ModelSettings):
         data: Text: hub dataset, local file or folder, or builtin:stdlib.
         generated: Part of the calibration text that the model writes itself, from 0 to 1, so that the child is good
             on other text than the data too.
+        calibration_tokens: Tokens of that text.
         context: Tokens per row of text.
         seed: The one seed of every random choice.
     """
 
     data: str = "builtin:stdlib"
     generated: float = 0.5
+    calibration_tokens: int = 8192
     context: int = 256
     seed: int = 0
 

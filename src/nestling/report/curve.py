@@ -133,10 +133,9 @@ def _panel(
     frame = Frame(width, 300 if width > 500 else 240, span, padded(levels))
     marks = [frame.axes(unit, scaled if unit == "tokens" else plain)]
     if goal is not None:
-        marks.append(line([frame.at(x, goal) for x in span], class_="goal"))
-        marks.append(
-            text(frame.at(span[0], goal)[0] + 4, frame.at(0, goal)[1] - 5, f"teacher {goal:.2f}", class_="value")
-        )
+        x, y = frame.at(span[0], goal)
+        marks.append(line([(x, y), frame.at(span[1], goal)], class_="goal"))
+        marks.append(text(x + 4, y - 5, f"teacher {goal:.{_digits(frame)}f}", class_="value"))
     if len(raw) > 1:
         marks.append(line([frame.at(x, frame.inside(y)) for x, y in rough], class_="raw"))
         marks.append(line([frame.at(x, y) for x, y in thin(smoothed)], class_="smooth"))
