@@ -71,6 +71,7 @@ def attention(rounds: int, clock: Clock) -> list[dict[str, Any]]:
     set_seed(SEED)
     heads, dim, context, layers = ATTENTION.values()
     query, key = torch.randn(1, heads, 1, dim), torch.randn(1, heads, dim)
+    real = torch.ones(1, dtype=torch.bool)
     full = [(torch.randn(1, heads, context, dim), torch.randn(1, heads, context, dim)) for _ in range(layers)]
     arms: dict[str, Callable[[], Any]] = {
         "sdpa": lambda: [scaled_dot_product_attention(query, keys, values) for keys, values in full]
@@ -78,7 +79,7 @@ def attention(rounds: int, clock: Clock) -> list[dict[str, Any]]:
     for ratio in RATIOS:
         filled = [slots(1, heads, dim, context, ratio) for _ in range(layers)]
         arms[f"loops {ratio}x"] = lambda filled=filled: [
-            kernel.attend(query.clone(), key.clone(), layer, 0.0, dim**-0.5) for layer in filled
+            kernel.attend(query.clone(), (key.clone(), key), real, layer, 0.0, dim**-0.5) for layer in filled
         ]
     return _rows("attention", context, 1, interleaved(arms, rounds, clock))
 

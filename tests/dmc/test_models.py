@@ -263,6 +263,8 @@ expected = torch.load("{tmp_path}/expected.pt")
 assert "nestling" not in sys.modules
 torch.testing.assert_close(model(expected["ids"]).logits, expected["logits"], atol=1e-10, rtol=0)
 model.generate(expected["ids"], max_new_tokens=3, do_sample=False, pad_token_id=0)
+[kernel] = [module for name, module in sys.modules.items() if name.endswith(".kernel") and "nestling" not in name]
+assert not kernel.usable(expected["logits"]) and kernel._loops().absorb
 """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "NUMBA_DISABLE_JIT": "1"}

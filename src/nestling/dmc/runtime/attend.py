@@ -175,9 +175,10 @@ def decode(heads: Heads, gates: Gates, text: Text, slots: SlotLayer) -> Tensor:
     token = (heads.query[..., 0, :], heads.key[:, :, 0], heads.value[:, :, 0])
     step = COMPILED if usable(heads.key, slots.keys) else PLAIN
     take = step.absorb if gates.method == "dmc" else step.admit
-    query, mean = take(*token, slots, (text.valid[:, 0], text.ends[:, 0]), gates)
-    flat, key = heads.rotate(query.flatten(1, 2).unsqueeze(2), mean.unsqueeze(2))
-    out = step.attend(flat.reshape(query.shape), key[:, :, 0], slots, gates.keep, heads.scaling)
+    real = text.valid[:, 0]
+    query, key, value = take(*token, slots, (real, text.ends[:, 0]), gates)
+    flat, key = heads.rotate(query.flatten(1, 2).unsqueeze(2), key.unsqueeze(2))
+    out = step.attend(flat.reshape(query.shape), (key[:, :, 0], value), real, slots, gates.keep, heads.scaling)
     slots.tokens += 1
     return out.unsqueeze(3)
 

@@ -34,7 +34,19 @@ PREFIX = "nestling_dmc_"
 FUNCTION = "nestling_dmc"
 FOLDED = "compressed:"  # before the type of each layer in config.json, which no stock config class takes
 CODE = "modeling_nestling_dmc.py"
-NAMES = ("gates", "heads", "kernel", "pool", "slots", "plain", "drop", "attend", "modeling")  # files to be copied
+NAMES = (
+    "gates",
+    "heads",
+    "kernel",
+    "loops",
+    "team",
+    "pool",
+    "slots",
+    "plain",
+    "drop",
+    "attend",
+    "modeling",
+)  # files to be copied
 
 
 # ---- classes

@@ -16,7 +16,7 @@ from .slots import PAGE, SlotLayer
 
 def absorb(
     query: Tensor, key: Tensor, value: Tensor, slots: SlotLayer, text: tuple[Tensor, Tensor], gates: Gates
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernel.absorb`."""
     merge, weight = (found[..., 0] for found in logits(query.unsqueeze(3), key.unsqueeze(2), gates))
     opens = (slots.ended | text[1] | (slots.length[:, 0] == 0)).unsqueeze(1)
@@ -30,15 +30,12 @@ def absorb(
     slots.sums = torch.where(real.unsqueeze(-1), kept + terms, slots.sums)
     means = torch.where(slots.sums[..., -1:] > 0, slots.sums[..., :-1] / slots.sums[..., -1:].clamp_min(1e-30), 0)
     mean_key, mean_value = means.to(key.dtype).chunk(2, -1)
-    row, head = torch.nonzero(slots.length > 0, as_tuple=True)
-    top = slots.length[row, head] - 1
-    slots.write(row, head, top, None, mean_value[row, head])
-    return without_channel(query, gates.keep), without_channel(mean_key, gates.keep)
+    return without_channel(query, gates.keep), without_channel(mean_key, gates.keep), mean_value
 
 
 def admit(
     query: Tensor, key: Tensor, value: Tensor, slots: SlotLayer, text: tuple[Tensor, Tensor], gates: Gates
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernel.admit`."""
     leave = logits(query.unsqueeze(3), key.unsqueeze(2), gates)[0][..., 0] > 0
     row = torch.arange(len(query), device=query.device)
@@ -54,10 +51,8 @@ def admit(
     slots.recent[row, :, before] = torch.where(freed, torch.where(newest < 0, leaving, -1 - leaving), newest)
     slots.length = slots.length + appended
     slots.recent[row, :, now] = torch.where(real, slots.length - 1, slots.recent[row, :, now]).to(newest.dtype)
-    row, head = torch.nonzero(real.expand_as(freed), as_tuple=True)
-    slots.write(row, head, slots.length[row, head] - 1, None, value[row, head])
     slots.seen = slots.seen + text[0]
-    return without_channel(query, gates.keep), without_channel(key, gates.keep)
+    return without_channel(query, gates.keep), without_channel(key, gates.keep), value
 
 
 def _move_last(slots: SlotLayer, chosen: Tensor, goal: Tensor) -> None:
@@ -68,10 +63,13 @@ def _move_last(slots: SlotLayer, chosen: Tensor, goal: Tensor) -> None:
     slots.write(row, head, goal[row, head].long(), slots.keys[place], slots.values[place])
 
 
-def attend(query: Tensor, key: Tensor, slots: SlotLayer, keep: float, scaling: float) -> Tensor:
+def attend(
+    query: Tensor, top: tuple[Tensor, Tensor], real: Tensor, slots: SlotLayer, keep: float, scaling: float
+) -> Tensor:
     """See `kernel.attend`."""
-    row, head = torch.nonzero(slots.length > 0, as_tuple=True)
-    slots.write(row, head, slots.length[row, head] - 1, without_channel(key, keep)[row, head], None)
+    row, head = torch.nonzero(real.unsqueeze(1).expand_as(slots.length), as_tuple=True)
+    key, value = without_channel(top[0], keep), top[1]
+    slots.write(row, head, slots.length[row, head] - 1, key[row, head], value[row, head])
     keys, values, held = slots.padded()
     held = held | (slots.length == 0).unsqueeze(-1)  # only padding so far: any finite answer will do
     query = without_channel(query, keep).to(keys.dtype)

@@ -170,12 +170,10 @@ class SlotLayer(CacheLayerMixin):
         keys, values = (pool[table].flatten(2, 3) for pool in (self.keys, self.values))
         return keys, values, rows < self.length.unsqueeze(-1)
 
-    def write(self, row: Tensor, head: Tensor, slot: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
-        """Put keys and values `[n, dim]` into slots, given by three index tensors `[n]`; None leaves them."""
+    def write(self, row: Tensor, head: Tensor, slot: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put keys and values `[n, dim]` into slots, given by three index tensors `[n]`."""
         place = (self.table[row, head, slot // PAGE], slot % PAGE)
-        for pool, states in ((self.keys, keys), (self.values, values)):
-            if states is not None:
-                pool[place] = states.to(pool.dtype)
+        self.keys[place], self.values[place] = keys.to(self.keys.dtype), values.to(self.values.dtype)
 
     def _move(self, device: torch.device) -> None:
         if self.is_initialized:
