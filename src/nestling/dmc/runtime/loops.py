@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numba
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import types
 from numba.extending import intrinsic
 
 PIECE = 512  # slots
@@ -24,7 +25,8 @@ OPTIONS: dict[str, Any] = {
     "fastmath": {"reassoc", "contract", "arcp", "nsz", "afn"},
 }
 STORED = {"float32": np.float32, "float64": np.float64, "bfloat16": np.uint16, "float16": np.int16}  # how rows are read
-compiled = njit(**OPTIONS)
+carray: Any = numba.carray
+compiled: Any = numba.njit(**OPTIONS)
 
 
 @compiled
@@ -328,4 +330,4 @@ def attends(dtype: str) -> Any:
             kind(scaling),
         )
 
-    return cfunc(types.void(types.CPointer(types.voidptr)), **OPTIONS)(body)
+    return numba.cfunc(types.void(types.CPointer(types.voidptr)), **OPTIONS)(body)
