@@ -14,8 +14,7 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
+from numba import extending, types
 
 PIECE = 512  # slots
 OPTIONS: dict[str, Any] = {
@@ -27,6 +26,7 @@ OPTIONS: dict[str, Any] = {
 STORED = {"float32": np.float32, "float64": np.float64, "bfloat16": np.uint16, "float16": np.int16}  # how rows are read
 carray: Any = numba.carray
 compiled: Any = numba.njit(**OPTIONS)
+machine: Any = extending.intrinsic
 
 
 @compiled
@@ -147,7 +147,7 @@ def admit(query, key, valid, gates, keys, values, length, table, used, recent, s
 # ---- attention
 
 
-@intrinsic
+@machine
 def _draw(typingctx, counters, place):
     """The number that a counter holds, which then holds the next, whoever else draws."""
 
@@ -159,7 +159,7 @@ def _draw(typingctx, counters, place):
     return types.int64(counters, place), codegen
 
 
-@intrinsic
+@machine
 def _wide(typingctx, number):
     """A number as it is, or a float32 from the bits of a bfloat16 (unsigned) or a float16 (signed)."""
     single = types.float32
