@@ -1,7 +1,8 @@
 """The model that every arm of `quality` starts from: a small Llama that has learned text and to recall.
 
-4 layers, 4 heads of 32 channels, context 512, 1.0 million parameters, trained on the rows of `corpus`. Kept under
-`runs/`, with checkpoints, so an interrupted training goes on.
+4 layers, 4 heads of 32 channels, context 512, 1.0 million parameters, trained on the rows of `corpus`: first on short
+drills, until it recalls, then on rows of text with facts. Kept under `runs/`, with checkpoints, so an interrupted
+training goes on.
 
     python -m benchmarks.dmc.parent [--tokens N] [--work DIR]
 """
@@ -10,16 +11,26 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-import torch
-from benchmarks.dmc.corpus import CONTEXT, END, VOCAB, training
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from benchmarks.dmc.corpus import CONTEXT, END, NEAR, VOCAB, near, training
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 
 from nestling.train import CausalLM, TrainSettings, fit
 
-TOKENS = 3_000_000
+TOKENS = 2_000_000
+FIRST = 400_000  # tokens of short drills before them
 HEADS, LAYERS, DIM = 4, 4, 32
-HOW = {"batch_size": 4, "micro_batch_size": 4, "gradient_checkpointing": False, "log_every": 20, "weight_decay": 0.01}
+SHORT = 32  # rows of a batch of short drills
+HOW: dict[str, Any] = {
+    "batch_size": 4,
+    "micro_batch_size": 4,
+    "gradient_checkpointing": False,
+    "log_every": 20,
+    "save_every": 100,
+    "weight_decay": 0.01,
+}
 
 
 def main() -> None:
@@ -36,10 +47,17 @@ def parent(work: Path, tokens: int) -> Path:
     if not (folder / "config.json").exists():
         set_seed(0)
         model = LlamaForCausalLM(config())
-        settings = TrainSettings(tokens=tokens, learning_rate=3e-3, save_every=100, **HOW)
-        fit(CausalLM(model), rows(tokens, 0), None, settings, run_dir=folder)
+        learn(model, batches(*near(FIRST // NEAR, 0), SHORT), folder / "near", tokens=FIRST)
+        learn(model, rows(tokens, 0), folder, tokens=tokens)
         model.save_pretrained(folder)
     return folder
+
+
+def learn(model: PreTrainedModel, data: list[dict[str, Tensor]], folder: Path, **how: Any) -> None:
+    """Train in place on batches that are all of one size."""
+    size = len(data[0]["input_ids"])
+    settings = HOW | {"learning_rate": 3e-3, "batch_size": size, "micro_batch_size": size} | how
+    fit(CausalLM(model), data, None, TrainSettings(**settings), run_dir=folder)
 
 
 def config() -> LlamaConfig:
@@ -60,10 +78,13 @@ def config() -> LlamaConfig:
     )
 
 
-def rows(tokens: int, seed: int) -> list[dict[str, torch.Tensor]]:
+def rows(tokens: int, seed: int) -> list[dict[str, Tensor]]:
     """Batches of training rows."""
-    ids, labels = training(-(-tokens // CONTEXT), seed)
-    size = HOW["batch_size"]
+    return batches(*training(-(-tokens // CONTEXT), seed), HOW["batch_size"])
+
+
+def batches(ids: Tensor, labels: Tensor, size: int) -> list[dict[str, Tensor]]:
+    """Of `size` rows each."""
     return [{"input_ids": a, "labels": b} for a, b in zip(ids.split(size), labels.split(size), strict=True)]
 
 

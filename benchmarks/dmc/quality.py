@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from benchmarks.dmc.baselines import POLICIES, evicting, pooled
-from benchmarks.dmc.corpus import CONTEXT, KEYS, held_out
+from benchmarks.dmc.corpus import CONTEXT, TEXT, held_out
 from benchmarks.dmc.parent import HEADS, HOW, TOKENS, parent, rows
 from rich.console import Console
 from rich.table import Table
@@ -111,7 +111,7 @@ def kept_score(folder: Path, policy: str | None = None, budget: int = 0) -> dict
 
 @torch.no_grad()
 def score(folder: Path, policy: str | None = None, budget: int = 0) -> dict[str, float]:
-    """Nats per token of text, share of pairs recalled, and the measured ratio, on held-out rows."""
+    """Nats per token of text, share of facts recalled, and the measured ratio, on held-out rows."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids, recalled = held_out(ROWS)
     losses, hits = [], []
@@ -122,7 +122,7 @@ def score(folder: Path, policy: str | None = None, budget: int = 0) -> dict[str,
             with evicting(model, policy, budget):
                 logits = model(input_ids=part).logits[:, :-1]
         goals = part[:, 1:]
-        losses.append(F.cross_entropy(logits.mT, goals, reduction="none")[goals < KEYS])
+        losses.append(F.cross_entropy(logits.mT, goals, reduction="none")[goals < TEXT])
         hits.append((logits.argmax(-1) == goals)[wanted[:, 1:]].float())
     found = {"loss": torch.cat(losses).mean().item(), "recall": torch.cat(hits).mean().item()}
     if dmc.is_converted(model):
@@ -158,7 +158,7 @@ def claims(found: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
     value = {(r["arm"], r["ratio"], r["seed"]): r for r in found if r["tokens"] == tokens}
     what = f"ratio {RATIO}, small Llama trained here, {tokens:,} tokens of retrofit"
     text = "held-out loss of text, over that of the model without a compressed cache after the same further training"
-    pairs = "share of pairs recalled, minus the best of H2O, TOVA, StreamingLLM at as many slots"
+    pairs = "share of facts recalled, minus the best of H2O, TOVA, StreamingLLM at as many slots"
     made = {}
     for arm, ending in (("dmc", ""), ("dms", "_dms")):
         seeds = sorted(s for a, ratio, s in value if (a, ratio) == (arm, RATIO) and ("streaming", RATIO, s) in value)
