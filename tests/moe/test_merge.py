@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from nestling.anatomy import ARCHITECTURES
 from nestling.errors import UnsupportedArchitecture
 from nestling.moe import loads, merge
+from nestling.moe.convert import axes_of
 from nestling.moe.merge import aligned, groups
 from nestling.ranking import Ranking
 from nestling.surgery import prune
@@ -68,3 +70,9 @@ def test_merging_changes_more_than_dropping_nothing():
 def test_grouped_experts_are_not_merged():
     with pytest.raises(UnsupportedArchitecture, match="converted"):
         merge(tiny("deepseek_v3"), random_ranking(tiny("deepseek_v3")), 4, [])
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "nemotron_h"])
+def test_experts_that_are_kept_in_another_way_are_refused(kind):
+    with pytest.raises(UnsupportedArchitecture, match="one above the other"):
+        axes_of(ARCHITECTURES[kind])

@@ -23,6 +23,7 @@ from nestling.experts import use_fast_experts
 from nestling.quiet import quiet
 from nestling.surgery.cut import class_for
 
+GATED = "(neuron + neuron) hidden"  # an expert's gate and up matrices, as the anatomy says it
 MODES = ("exact", "paper")
 GATE, UP, DOWN = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
@@ -211,8 +212,13 @@ def axes_of(architecture: Architecture) -> tuple[Axis, Axis]:
     """Experts, and the neurons in them. Raises `UnsupportedArchitecture` for a model without both."""
     experts = next((axis for axis in architecture.axes if axis.active), None)
     inner = [axis for axis in architecture.axes if experts is not None and experts.letter in axis.within]
-    if experts is None or not inner or "gate_up_proj" not in places_of(architecture)["up"]:
-        raise UnsupportedArchitecture(f"{architecture.model_type} has no routed, gated experts that can be converted")
+    up = places_of(architecture)["up"]
+    layout = next((tensors[up] for tensors in architecture.blocks.values() if up in tensors), "")
+    if experts is None or not inner or not layout.endswith(GATED):
+        raise UnsupportedArchitecture(
+            f"{architecture.model_type} has no routed experts with gate and up matrices one above the other, so they "
+            f"cannot be converted or merged"
+        )
     return experts, inner[0]
 
 
