@@ -1,6 +1,6 @@
 """How a step's batch is cut for the devices there are, and how settings are checked and documented."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
@@ -47,4 +47,4 @@ def test_every_field_is_described_once():
 
     text = Own.__doc__ or ""
     assert text.startswith("Settings of mine.")
-    assert all(text.count(f" {name}:") == 1 for name in Own.__dataclass_fields__)
+    assert all(text.count(f" {field.name}:") == 1 for field in fields(Own))
