@@ -1,7 +1,8 @@
 """Children hold what vLLM expects of their architecture: its rules, as its model files have them, against the weights.
 
 vLLM is not run. For each architecture it knows by name, it takes the sizes of its fused matrices from the config; the
-rules below say how (read from `vllm/model_executor/models` of 2025). What it takes must be what the checkpoint holds.
+rules below say how (read from files under `vllm/model_executor/models`, of mixed dates). What it takes must be what the
+checkpoint holds.
 """
 
 import json
