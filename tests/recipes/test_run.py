@@ -7,7 +7,7 @@ import yaml
 
 from nestling.distill import DistillSettings
 from nestling.errors import CheckpointError
-from nestling.recipes.run import Run, read_json, write_atomically
+from nestling.recipes.run import Run, read_json
 
 
 @dataclass
@@ -139,33 +139,3 @@ def test_damaged_files_are_named(tmp_path):
     run.write("run.yaml", "verb: [prune")
     with pytest.raises(CheckpointError, match=r"run\.yaml' is damaged: start anew with --overwrite"):
         Run("prune", Settings(), tmp_path / "run")
-
-
-# ---- writing
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError(28, "No space left on device")])
-@pytest.mark.parametrize("folder", [False, True])
-def test_nothing_is_left_of_a_write_that_fails(tmp_path, error, folder):
-    def write(path):
-        if folder:
-            path.mkdir()
-            path = path / "part"
-        path.write_text("half")
-        raise error
-
-    with pytest.raises((KeyboardInterrupt, ValueError, CheckpointError)) as raised:
-        write_atomically(tmp_path / "result", write)
-    assert names(tmp_path) == []
-    if isinstance(error, OSError):
-        assert "cannot be written (No space left on device)" in str(raised.value)
-
-
-def test_a_write_that_fails_keeps_what_was_there(tmp_path):
-    (tmp_path / "result").write_text("before")
-    with pytest.raises(ZeroDivisionError):
-        write_atomically(tmp_path / "result", lambda path: path.write_text(str(1 // 0)))
-    assert (tmp_path / "result").read_text() == "before"
-    write_atomically(tmp_path / "result", lambda path: path.write_text("after"))
-    assert (tmp_path / "result").read_text() == "after"
-    assert names(tmp_path) == ["result"]

@@ -33,6 +33,7 @@ from nestling.elastic.target import Target
 from nestling.elastic.timed import Latency
 from nestling.errors import TargetError, UnsupportedArchitecture
 from nestling.ranking import Ranking, rank
+from nestling.runs import write_atomically
 from nestling.shape import Shape
 from nestling.surgery import reorder
 from nestling.train import fit
@@ -174,8 +175,7 @@ def _priors(
             return load_file(path)
         found = probed(model, plan.space, text)
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(found, path)
+            write_atomically(path, lambda temporary: save_file(found, temporary))
         return found
 
     return [processes.tensors(made)] * len(plan.targets)

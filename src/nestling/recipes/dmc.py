@@ -24,10 +24,11 @@ from nestling.dmc import RetrofitSettings
 from nestling.dmc.show import Merges, merges
 from nestling.errors import NestlingError
 from nestling.recipes.progress import Stages, bar, console
-from nestling.recipes.run import Run, write_atomically
+from nestling.recipes.run import Run
 from nestling.recipes.settings import ModelSettings
 from nestling.recipes.source import Source
 from nestling.report.slots import slots_page
+from nestling.runs import write_atomically
 from nestling.train import documented
 
 

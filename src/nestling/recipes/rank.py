@@ -16,9 +16,10 @@ from nestling.errors import NestlingError
 from nestling.evaluate.pairs import read_pairs
 from nestling.ranking import Ranking, rank
 from nestling.recipes.progress import bar, console
-from nestling.recipes.run import check_place, write_atomically
+from nestling.recipes.run import check_place
 from nestling.recipes.settings import FORMER_TOKENS, CalibrationSettings, at_least, check_metrics
 from nestling.recipes.source import Source, in_batches
+from nestling.runs import write_atomically
 from nestling.shape import Shape
 from nestling.surgery.iterate import rank_iteratively
 from nestling.train import documented

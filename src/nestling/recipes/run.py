@@ -7,7 +7,6 @@ writes, and all read; the folder must be one that all of them see. Knows nothing
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -16,12 +15,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nestling import hub, processes
 from nestling.errors import CheckpointError
-from nestling.runs import Hold, difference, hold, plain
+from nestling.runs import Hold, difference, hold, plain, write_atomically
 
 T = TypeVar("T")
 # Settings that say where or how the job runs, not what it makes.
@@ -150,32 +148,6 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError(f"'{path}' is damaged: delete it and run the command again") from error
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary sibling, then give it its name; nothing is left when it fails.
-
-    Of several processes the first writes, while the others wait.
-    """
-    processes.first(lambda: _write(path, write))
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"'{path}' cannot be written ({getattr(error, 'strerror', None) or error}): make room or name another place"
-        ) from error
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
 
 
 def check_place(path: Path) -> None:

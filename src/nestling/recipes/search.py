@@ -16,12 +16,13 @@ from nestling.distill import DistillSettings
 from nestling.ranking import Ranking
 from nestling.recipes.child import Origin, Parent
 from nestling.recipes.progress import Stages, console
-from nestling.recipes.run import KeptFigures, Run, check_place, write_atomically
+from nestling.recipes.run import KeptFigures, Run, check_place
 from nestling.recipes.settings import FORMER_TOKENS, ShapeSettings
 from nestling.recipes.shapes import checked
 from nestling.recipes.summary import heading
 from nestling.report import write_report
 from nestling.report.human import count, figure, quotient, ratio, size
+from nestling.runs import write_atomically
 from nestling.search import Candidate, Pricing, describe
 from nestling.shape import Shape
 from nestling.train import documented
