@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +27,7 @@ import torch.nn.functional as F
 from benchmarks.dmc.baselines import POLICIES, evicting, pooled
 from benchmarks.dmc.corpus import CONTEXT, TEXT, held_out
 from benchmarks.dmc.parent import HEADS, HOW, TOKENS, parent, rows
+from benchmarks.record import PACKAGES, claim, commit
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -138,19 +138,13 @@ def write(found: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
     recorded = {
         "command": f"python -m benchmarks.dmc.quality {words}",
         "seeds": chosen.seeds,
-        **versions(),
+        "commit": commit(),
+        "versions": {name: version(name) for name in PACKAGES},
         "rows": found,
         "claims": claims(found, max(chosen.tokens)),
     }
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(recorded, indent=1) + "\n")
-
-
-def versions() -> dict[str, Any]:
-    """What was run."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    packages = {name: version(name) for name in ("nestling", "torch", "transformers")}
-    return {"commit": commit.stdout.strip(), "versions": packages}
 
 
 def claims(found: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
@@ -166,17 +160,12 @@ def claims(found: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
             continue
         own, plain = ([value[a, r, s] for s in seeds] for a, r in ((arm, RATIO), ("vanilla+", 1)))
         losses = [a["loss"] / b["loss"] for a, b in zip(own, plain, strict=True)]
-        made[f"loss_ratio_4x{ending}"] = _claim(losses, seeds, "x", f"{arm}: {text}; {what}")
+        made[f"loss_ratio_4x{ending}"] = claim(losses, seeds, f"{arm}: {text}; {what}", "x")
         best = [max(value[policy, RATIO, s]["recall"] for policy in POLICIES) for s in seeds]
         leads = [a["recall"] - b for a, b in zip(own, best, strict=True)]
         if mean(row["recall"] for row in plain) > LEARNT:
-            made[f"recall_4x_vs_best_eviction{ending}"] = _claim(leads, seeds, "share", f"{arm}: {pairs}; {what}")
+            made[f"recall_4x_vs_best_eviction{ending}"] = claim(leads, seeds, f"{arm}: {pairs}; {what}", "share")
     return made
-
-
-def _claim(values: list[float], seeds: list[int], unit: str, how: str) -> dict[str, Any]:
-    spread = [round(min(values), 4), round(max(values), 4)]
-    return {"value": round(mean(values), 4), "spread": spread, "seeds": seeds, "paper": None, "unit": unit, "how": how}
 
 
 def show(found: list[dict[str, Any]]) -> None:

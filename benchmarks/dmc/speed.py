@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import subprocess
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -25,6 +24,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from benchmarks.record import commit
 from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
@@ -193,7 +193,6 @@ def speedup(found: list[dict[str, Any]], what: str, context: int, base: str, arm
 
 
 def record(found: list[dict[str, Any]], rounds: int, cells: list[tuple[int, ...]], processor: bool) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     clock = "processor time" if processor else "wall time"
     how = f"{torch.get_num_threads()} threads, {clock}"
     loops = f"compiled loops over a full cache against one of ratio 4 with ragged heads, {ATTENTION}, {how}"
@@ -209,7 +208,7 @@ def record(found: list[dict[str, Any]], rounds: int, cells: list[tuple[int, ...]
             claims[name] = _claim(values, whole, None)
     return {
         "command": f"python -m benchmarks.dmc.speed --rounds {rounds} --cells {words}" + " --processor" * processor,
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "versions": {name: version(name) for name in ("nestling", "torch", "transformers", "numba")},
         "seeds": [SEED],
         "rows": found,

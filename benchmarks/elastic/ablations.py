@@ -20,7 +20,8 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
-from benchmarks.elastic.one_run import BUDGETS, DATA, ROWS, TOKENS, Bench, claim, commit
+from benchmarks.elastic.one_run import BUDGETS, DATA, ROWS, TOKENS, Bench, claim
+from benchmarks.record import commit
 from rich.console import Console
 from rich.table import Table
 

@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.record import commit
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -149,10 +149,9 @@ def show(rows: list[dict[str, Any]]) -> None:
 def record(rows: list[dict[str, Any]], seeds: list[int], steps: int) -> dict[str, Any]:
     errors = {arm: [abs(row["error"]) for row in rows if row["arm"] == arm] for arm in ("projected", "plain")}
     missed = sum(error > DEAD_ZONE for error in errors["plain"])
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "command": f"python -m benchmarks.elastic.budget --seeds {' '.join(map(str, seeds))} --steps {steps}",
-        "commit": commit,
+        "commit": commit(),
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "seeds": seeds,
         "rows": rows,

@@ -17,7 +17,6 @@ import argparse
 import copy
 import itertools
 import json
-import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.record import commit
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -271,10 +271,6 @@ def claim(values: list[float], seeds: list[int], paper: float | None, unit: str,
         "unit": unit,
         "how": how,
     }
-
-
-def commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":

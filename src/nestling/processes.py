@@ -129,15 +129,7 @@ def first_here(make: Callable[[], Any]) -> None:
     if count() == 1:
         make()
         return
-    start()
-    error = None
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        try:
-            with _on_its_own():
-                make()
-        except BaseException as met:
-            error = met
-    _together(error)
+    _made_by(os.environ.get("LOCAL_RANK", "0") == "0", make)
 
 
 def connection_broke(error: BaseException) -> bool:
@@ -152,16 +144,21 @@ def connection_broke(error: BaseException) -> bool:
 
 def _from_first(make: Callable[[], bytes]) -> bytes:
     """What the first process makes, as bytes; or the error that it met."""
+    return _broadcast(_made_by(is_first(), make) or b"")
+
+
+def _made_by(this_one: bool, make: Callable[[], T]) -> T | None:
+    """What `make` returns in the processes that make it, while the others wait; what one of them raises, all raise."""
     start()
-    content, error = b"", None
-    if is_first():
+    made, error = None, None
+    if this_one:
         try:
             with _on_its_own():
-                content = make()
+                made = make()
         except BaseException as met:
             error = met
     _together(error)
-    return _broadcast(content)
+    return made
 
 
 def _together(error: BaseException | None) -> None:

@@ -100,10 +100,8 @@ class Member:
             self._hold(part, held)
         self._scale_outputs()
         for part in self.parts:
-            if part.looked_up:
-                cast(
-                    Any, part.module
-                ).sparse = True  # its gradient: a matrix of zeros with the rows of a batch otherwise
+            if part.looked_up:  # without it the gradient is a matrix of zeros with the rows of a batch
+                cast(nn.Embedding, part.module).sparse = True
         self.model.eval()
 
     def used(self) -> Iterator[Tensor]:
@@ -164,12 +162,11 @@ def connect(members: Sequence[Member]) -> None:
     for member in members:
         member.disconnect()
         for part in member.parts:
-            parts.setdefault(member.tensor(part), {}).setdefault((id(member), part.seen, part.looked_up), []).append(
-                part
-            )
-    for tensor, alike in parts.items():
-        seen = windows(tensor, [same[0].window for same in alike.values()])
-        for kept, same in zip(seen, alike.values(), strict=True):
+            alike = (id(member), part.seen, part.looked_up)
+            parts.setdefault(member.tensor(part), {}).setdefault(alike, []).append(part)
+    for tensor, groups in parts.items():
+        seen = windows(tensor, [same[0].window for same in groups.values()])
+        for kept, same in zip(seen, groups.values(), strict=True):
             for part in same:
                 part.module.__dict__[part.attribute] = part.of(kept)  # found before the registered parameter
 

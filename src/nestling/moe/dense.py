@@ -64,15 +64,16 @@ def mean_weights(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]
 
     The second is 1 where the shared expert has no gate, or there is none.
     """
-    routed = Anatomy.of(model).architecture.routed
+    anatomy = Anatomy.of(model)
     sums: list[tuple[list[Tensor], list[Tensor]]] = []
+    modules = dict(model.named_modules())
     with ExitStack() as hooks, evaluating(model):
         for layer, router, _ in routed_modules(model):
             sums.append(([], []))
             hooks.callback(router.register_forward_hook(_noting(sums[-1][0], lambda output: output[1].sum(-1))).remove)
-            gate = _gate(model, layer, routed.shared if routed else None)
-            if gate is not None:
-                hooks.callback(gate.register_forward_hook(_noting(sums[-1][1], torch.sigmoid)).remove)
+            name = f"{anatomy.layer_path(layer)}.{_gate(anatomy)}"
+            if name in modules:
+                hooks.callback(modules[name].register_forward_hook(_noting(sums[-1][1], torch.sigmoid)).remove)
         for batch in batches:
             decoder(model)(input_ids=batch["input_ids"].to(model.device), use_cache=False)
     return [(_mean(chosen), _mean(gates)) for chosen, gates in sums]
@@ -104,15 +105,14 @@ def _shared(weights: Weights, anatomy: Anatomy, path: str, gated: float) -> list
     if not tensors:
         return []
     gate, up, down = tensors if len(tensors) == 3 else (*tensors[0].chunk(2), tensors[1])
-    routed = anatomy.architecture.routed
-    gate_weight = weights.pop(f"{path}.{routed.shared if routed else None}_gate.weight", None)
+    gate_weight = weights.pop(f"{path}.{_gate(anatomy)}.weight", None)
     return [(gate, up, down if gate_weight is None else down * gated)]
 
 
-def _gate(model: PreTrainedModel, layer: int, shared: str | None) -> nn.Module | None:
-    block = model.get_submodule(Anatomy.of(model).layer_path(layer))
-    name = f"{shared}_gate"
-    return block.get_submodule(name) if name in dict(block.named_modules()) else None
+def _gate(anatomy: Anatomy) -> str:
+    """The shared expert's gate, relative to a layer, whether or not the layer has one."""
+    routed = anatomy.architecture.routed
+    return f"{routed.shared if routed else None}_gate"
 
 
 def _noting(into: list[Tensor], read: Callable[[Any], Tensor]) -> Callable[..., None]:

@@ -26,10 +26,18 @@ from nestling.anatomy.routing import BIAS
 from nestling.errors import NestlingError
 from nestling.experts import use_fast_experts
 from nestling.moe.routers import Call, balance_loss, health, over_capacity, sequence_balance_loss, z_loss
-from nestling.train import IGNORE, Learner, Objective, TrainSettings, documented, fit, model_inputs, own_dtype
+from nestling.train import (
+    CROSS_ENTROPY,
+    IGNORE,
+    Learner,
+    TrainSettings,
+    documented,
+    fit,
+    model_inputs,
+    own_dtype,
+)
 
 LEVELS = ("global", "batch", "sequence")
-CROSS_ENTROPY = Objective(kd_weight=0.0, ce_weight=1.0)
 
 
 @documented
