@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -95,14 +95,14 @@ def trained(
 ) -> dict:
     """Figures of a run, which is done if it is not in the work folder; its model is there as `name`/model.
 
-    more: settings of the training of a mixture.
+    One that was interrupted goes on from its last checkpoint. more: settings of the training of a mixture.
     """
     folder = work / name
     if (folder / "record.json").exists():
         return json.loads((folder / "record.json").read_text())
     words, model, at = tokenizer(work), make(), commit()
-    before, started = held_out(model, words), time.perf_counter()
-    chosen, routed = options(steps, seed, rate), hasattr(model.config, "num_experts")
+    before, routed = held_out(model, words), hasattr(model.config, "num_experts")
+    chosen = options(steps, seed, rate) | {"save_every": 100}
     if routed:
         train(model, DATA, words, MixtureSettings(**chosen, **more), folder)
     else:
@@ -119,12 +119,13 @@ def trained(
         "params": found.params,
         "active_params": found.active_params,
         "flops_per_token": found.flops_per_token,
-        "training_seconds": round(time.perf_counter() - started, 1),
+        "training_seconds": round(logged(folder)[-1]["elapsed_s"], 1),
     }
     if routed:
         record |= {name: round(value, 3) for name, value in health(loads(model, texts(words))).items()}
     hub.save(model, folder / "model", words, overwrite=True)
     (folder / "record.json").write_text(json.dumps(record))
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return record
 
 
@@ -144,7 +145,11 @@ def texts(words: PreTrainedTokenizerBase, rows: int = 64) -> list[dict[str, torc
 
 def curve(folder: Path, window: int = 20) -> list[float]:
     """Training cross-entropy, averaged over windows of steps."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    losses = [record["ce"] for record in map(json.loads, lines) if "ce" in record]
+    losses = [record["ce"] for record in logged(folder) if "ce" in record]
     groups = [losses[i : i + window] for i in range(0, len(losses), window)]
     return [round(sum(group) / len(group), 4) for group in groups]
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    """What a training wrote down step by step."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
