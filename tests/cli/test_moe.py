@@ -64,6 +64,7 @@ def test_a_fresh_fine_grained_mixture(place, capsys):
     [
         (("prune", "m", "--keep", "0.5x", *FEW), "no routed experts"),
         (("prune", "m", *FEW), "how many"),
+        (("prune", "m", "--keep", "2", "--merge", "true", "--dense", "true", *FEW), "not both"),
         (("prune", "m", "--keep", "2", "--metric", "size", *FEW), "reap"),
         (("upcycle", "m", "--granularity", "7"), "divide"),
         (("upcycle", "m", "--num_experts_per_tok", "9"), "take 1 to 8"),

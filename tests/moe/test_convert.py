@@ -102,13 +102,27 @@ def test_upcycled_checkpoints_are_stock(tmp_path):
     torch.testing.assert_close(logits(loaded, IDS), logits(mixture, IDS))
 
 
-@pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe", "qwen3_moe-pre", "granitemoe"])
-def test_split_experts_compute_the_same(variant):
-    model = tiny(variant)
+ONE_GROUP = {"n_group": 1, "topk_group": 1}
+SPLIT = [
+    *(("mixtral", {}), ("qwen3_moe", {}), ("qwen3_moe-pre", {}), ("granitemoeshared", {}), ("gpt_oss", {})),
+    ("nemotron_h-moe", ONE_GROUP),
+    ("nemotron_h-latent", ONE_GROUP | {"norm_topk_prob": False}),
+]
+
+
+@pytest.mark.parametrize(("variant", "fields"), SPLIT)
+def test_split_experts_compute_the_same(variant, fields):
+    model = tiny(variant, **fields)
     fine = split(model, 2)
     with in_float64():
         torch.testing.assert_close(logits(fine, IDS), logits(model, IDS), **CLOSE)
     assert fine.config.num_experts_per_tok == 2 * model.config.num_experts_per_tok
+
+
+@pytest.mark.parametrize(("variant", "says"), [("deepseek_v3", "as wide as"), ("nemotron_h-moe", "groups")])
+def test_experts_that_cannot_be_split_are_refused(variant, says):
+    with pytest.raises(UnsupportedArchitecture, match=says):
+        split(tiny(variant), 2)
 
 
 @pytest.mark.parametrize(

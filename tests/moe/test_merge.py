@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from nestling.anatomy import ARCHITECTURES
-from nestling.errors import UnsupportedArchitecture
+from nestling.anatomy import Anatomy
 from nestling.moe import loads, merge
-from nestling.moe.convert import axes_of
+from nestling.moe.ffn import expert_axis, expert_tensors
 from nestling.moe.merge import aligned, groups
 from nestling.ranking import Ranking
 from nestling.surgery import prune
@@ -67,12 +66,42 @@ def test_merging_changes_more_than_dropping_nothing():
     assert merge(model, random_ranking(model), 6, loads(model, token_batches(1))).config.num_experts == 6
 
 
-def test_grouped_experts_are_not_merged():
-    with pytest.raises(UnsupportedArchitecture, match="converted"):
-        merge(tiny("deepseek_v3"), random_ranking(tiny("deepseek_v3")), 4, [])
+ANY = ["qwen3_moe", "olmoe", "granitemoeshared", "gpt_oss", "deepseek_v3", "nemotron_h-moe", "nemotron_h-latent"]
 
 
-@pytest.mark.parametrize("kind", ["gpt_oss", "nemotron_h"])
-def test_experts_that_are_kept_in_another_way_are_refused(kind):
-    with pytest.raises(UnsupportedArchitecture, match="one above the other"):
-        axes_of(ARCHITECTURES[kind])
+@pytest.mark.parametrize("variant", ANY)
+def test_experts_that_are_copies_merge_without_loss_wherever_they_stand(variant):
+    """The second half of the experts is the first, neurons in another order, as a slow loop over elements writes it."""
+    model = tiny(variant)
+    anatomy = Anatomy.of(model)
+    axis = expert_axis(anatomy.architecture)
+    weights, scores = model.state_dict(), [torch.zeros(0)] * anatomy.num_layers
+    for layer in anatomy.routed_layers():
+        sizes = anatomy.sizes(layer)
+        count, width = anatomy.units(axis, layer), sizes["neuron"]
+        half = count // 2
+        scores[layer] = torch.tensor([1.0] * half + [0.0] * (count - half))
+        if axis.within:  # as many of each group stay
+            scores[layer] = scores[layer].view(2, -1).T.flatten()
+        kept = scores[layer].nonzero().flatten().tolist()
+        gone = [i for i in range(count) if i not in kept]
+        router = weights[f"{anatomy.layer_path(layer)}.{anatomy.architecture.routed.router}.weight"]
+        for one, other in zip(kept, gone, strict=False):
+            shuffle = torch.randperm(width)
+            router[other] = router[one]
+            for spec in expert_tensors(anatomy, layer):
+                tensor = weights[spec.name]
+                tensor[other] = tensor[one]
+                for dim, dimension in enumerate(spec.layout[1:]):
+                    owners = dimension.owner(("neuron",), sizes)
+                    if "neuron" in dimension.letters:
+                        places = [(owners == n).nonzero().flatten() for n in range(width)]
+                        source, target = torch.cat([places[n] for n in shuffle]), torch.cat(places)
+                        moved = tensor[one].index_select(dim, source)
+                        tensor[other] = torch.zeros_like(moved).index_copy(dim, target, moved)
+    ranking = Ranking({axis.field: tuple(scores)})
+    keep = max(int(score.sum()) for score in scores if len(score))
+    uses = [torch.rand(anatomy.units(axis, layer)) for layer in anatomy.routed_layers()]
+    merged, dropped = merge(model, ranking, keep, uses), prune(model, ranking, {axis.field: keep})
+    for (name, found), expected in zip(merged.state_dict().items(), dropped.state_dict().values(), strict=True):
+        torch.testing.assert_close(found, expected, msg=name)

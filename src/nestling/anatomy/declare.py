@@ -98,7 +98,8 @@ class Routed:
     top_k: config field that says how many a token uses. post: whether the weights of the chosen are normalized over
     them, as the config says it (a value, or the name of a field). bias: the router's buffer that is added to the scores
     for the choice alone, if it has one. shared: path of the expert that all tokens of the layer share, if there can be
-    one; a gate of its own, if it has one, is that path with `_gate` after it.
+    one; a gate of its own, if it has one, is that path with `_gate` after it. neuron: the letter of the neurons inside
+    an expert.
     """
 
     router: str
@@ -107,6 +108,7 @@ class Routed:
     post: bool | str = True
     bias: str | None = None
     shared: str | None = None
+    neuron: str = "neuron"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Mixtures of experts: made from dense models and back, trained, pruned and merged."""
 
 from nestling.moe.convert import mixture_config, split, upcycle
-from nestling.moe.dense import to_dense
+from nestling.moe.dense import check_dense, to_dense
 from nestling.moe.merge import merge
 from nestling.moe.routers import health
 from nestling.moe.train import MixtureLM, MixtureSettings, fresh_scale, loads, routed_modules, scale_experts, train
@@ -9,6 +9,7 @@ from nestling.moe.train import MixtureLM, MixtureSettings, fresh_scale, loads, r
 __all__ = [
     "MixtureLM",
     "MixtureSettings",
+    "check_dense",
     "fresh_scale",
     "health",
     "loads",

@@ -18,14 +18,15 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from nestling.anatomy import ARCHITECTURES, Anatomy, Architecture, Axis, architecture_of
+from nestling.anatomy.notation import Choice, kept_elements, take
 from nestling.errors import NestlingError, ShapeError, UnsupportedArchitecture
 from nestling.experts import use_fast_experts
+from nestling.moe.ffn import expert_axis, shared_letter, taken, width_axis, written
 from nestling.quiet import quiet
 from nestling.surgery.cut import class_for
 
-GATED = "(neuron + neuron) hidden"  # an expert's gate and up matrices, as the anatomy says it
 MODES = ("exact", "paper")
-GATE, UP, DOWN = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+WIDTH = "intermediate_size"  # of a dense FFN, in the configs of all models that mixtures are made of
 
 
 def upcycle(
@@ -49,26 +50,24 @@ def upcycle(
     for all tokens; a token then uses each of them once. Raises `UnsupportedArchitecture` for a model without a mixture
     like it, and `ShapeError` for numbers that do not go together.
     """
-    anatomy = Anatomy.of(model)
-    post = _mode(mode) == "exact"
+    dense, post = Anatomy.of(model), _mode(mode) == "exact"
     config = mixture_config(model.config, num_experts, num_experts_per_tok, granularity, post, shared)
-    kin = architecture_of(config)
-    routed = granularity - shared
-    scales = (1.0, float(routed)) if post else ((num_experts * routed / num_experts_per_tok) ** (1 / 3),) * 2
+    made, routed = Anatomy.of(config), granularity - shared
+    where = made.architecture.routed
+    assert where is not None
+    enters, leaves = (1.0, float(routed)) if post else ((num_experts * routed / num_experts_per_tok) ** (1 / 3),) * 2
     generator = torch.Generator().manual_seed(seed)
-    weights, at = dict(model.state_dict()), places_of(kin)
-    for layer in range(anatomy.num_layers):
-        path = anatomy.layer_path(layer)
-        gate, up, down = (weights.pop(f"{path}.mlp.{name}") for name in (GATE, UP, DOWN))
-        shards = _shards(gate, up, down, granularity)
-        for name, shard, scale in zip(("up", "down"), shards, scales, strict=True):
-            weights[f"{path}.{at[name]}"] = (shard[shared:] * scale).repeat(num_experts, 1, 1)
+    weights = dict(model.state_dict())
+    for layer in range(dense.num_layers):
+        matrices = taken(weights, dense, layer, dense.axes[WIDTH].letter)
+        parts = [matrix.unflatten(0, (granularity, -1)) for matrix in matrices]
+        scales = [*(enters for _ in parts[1:]), leaves]
+        experts = [(part[shared:] * scale).repeat(num_experts, 1, 1) for part, scale in zip(parts, scales, strict=True)]
+        weights |= written(made, layer, where.neuron, experts)
         if shared:
-            width = shared * gate.shape[0] // granularity
-            for name, tensor in _shared_expert(kin, gate[:width], up[:width], down[:, :width]).items():
-                weights[f"{path}.{name}"] = tensor
-        rows = torch.randn(num_experts, gate.shape[1], generator=generator) * router_std
-        weights[f"{path}.{at['router']}"] = rows.to(gate).repeat_interleave(routed, 0)
+            weights |= _shared_expert(made, layer, [part[:shared].flatten(0, 1) for part in parts])
+        rows = torch.randn(num_experts, matrices[0].shape[1], generator=generator) * router_std
+        weights[f"{made.layer_path(layer)}.{where.router}.weight"] = rows.to(matrices[0]).repeat_interleave(routed, 0)
     return built(model, config, weights)
 
 
@@ -77,24 +76,52 @@ def split(model: PreTrainedModel, granularity: int) -> PreTrainedModel:
 
     The way into fine experts from a trained mixture; once training or pruning breaks the ties, they part.
     """
-    anatomy = Anatomy.of(model)
-    experts, neurons = axes_of(anatomy.architecture)
-    at, config = places_of(anatomy.architecture), copy.deepcopy(model.config)
-    width = anatomy.value(neurons, anatomy.routed_layers()[0])
+    anatomy, config = Anatomy.of(model), copy.deepcopy(model.config)
+    experts, neurons = expert_axis(anatomy.architecture), width_axis(anatomy.architecture)
+    layers, weights = anatomy.routed_layers(), dict(model.state_dict())
+    width = anatomy.value(neurons, layers[0])
     _check_width(width, granularity)
+    _check_groups(anatomy, experts, layers[0])
     setattr(config, experts.field, getattr(config, experts.field) * granularity)
     setattr(config, str(experts.active), getattr(config, str(experts.active)) * granularity)
     setattr(config, neurons.field, width // granularity)
-    weights = dict(model.state_dict())
-    for layer in anatomy.routed_layers():
-        up, down, router = (f"{anatomy.layer_path(layer)}.{at[name]}" for name in ("up", "down", "router"))
-        parts = []
-        for fused, out in zip(weights[up], weights[down], strict=True):
-            gate, raised = fused.chunk(2)
-            parts.append(_shards(gate, raised, out * granularity, granularity))
-        weights[up], weights[down] = (torch.cat([part[i] for part in parts]) for i in (0, 1))
-        weights[router] = weights[router].repeat_interleave(granularity, 0)
+    for layer in layers:
+        sizes, choices = anatomy.sizes(layer), _parts(anatomy, experts, neurons, layer, granularity)
+        for spec in anatomy.of_layer[layer]:
+            if experts.letter in spec.letters:
+                weights[spec.name] = take(weights[spec.name], kept_elements(spec.layout, choices, sizes))
+        down = next(anatomy.places(neurons, layer)).tensor
+        weights[down] = weights[down] * _share(anatomy, granularity)
     return built(model, config, weights)
+
+
+def _parts(anatomy: Anatomy, experts: Axis, neurons: Axis, layer: int, granularity: int) -> dict[str, Choice]:
+    """Every expert `granularity` times, each time with the next part of its neurons."""
+    count, width = (anatomy.sizes(layer)[axis.letter] for axis in (experts, neurons))
+    groups = (1,) * len(experts.within)
+    units = torch.arange(count).repeat_interleave(granularity).view(*groups, -1)
+    inside = torch.arange(width).view(granularity, -1).repeat(count, 1)
+    return {
+        experts.letter: Choice(units, experts.within),
+        neurons.letter: Choice(inside.view(*groups, *inside.shape), neurons.within),
+    }
+
+
+def _share(anatomy: Anatomy, granularity: int) -> int:
+    """How many times less weight each part of an expert gets than the whole had: sigmoids alone leave it what it is."""
+    routed = anatomy.architecture.routed
+    assert routed is not None
+    normalized = getattr(anatomy.config, routed.post) if isinstance(routed.post, str) else routed.post
+    return 1 if routed.bias and not normalized else granularity
+
+
+def _check_groups(anatomy: Anatomy, experts: Axis, layer: int) -> None:
+    groups = anatomy.units(experts, layer) // anatomy.sizes(layer)[experts.letter]
+    if groups > 1:
+        raise UnsupportedArchitecture(
+            f"the experts of this {anatomy.architecture.model_type} model are in {groups} groups, chosen by the two "
+            f"best experts of each, which parts of an expert would change: such a model cannot be split"
+        )
 
 
 def mixture_config(
@@ -117,7 +144,7 @@ def mixture_config(
         raise UnsupportedArchitecture(
             f"{kin.model_type} always normalizes over the chosen experts: take mode exact, or a model such as qwen3"
         )
-    made, (experts, neurons) = config_like(kin.model_type, config), axes_of(kin)
+    made, experts, neurons = config_like(kin.model_type, config), expert_axis(kin), width_axis(kin)
     width = config.intermediate_size // granularity
     setattr(made, experts.field, num_experts * (granularity - shared))
     setattr(made, str(experts.active), num_experts_per_tok * (granularity - shared))
@@ -145,23 +172,17 @@ def _kin(dense: Architecture, shared: int) -> Architecture:
     )
 
 
-def _shared_expert(kin: Architecture, gate: Tensor, up: Tensor, down: Tensor) -> dict[str, Tensor]:
+def _shared_expert(made: Anatomy, layer: int, matrices: list[Tensor]) -> dict[str, Tensor]:
     """The tensors of an expert for all tokens. A gate of its own starts at one half, which the last matrix makes up."""
-    assert kin.routed is not None
-    at = kin.routed.shared
-    names, gated = shared_names(kin), f"{at}_gate.weight"
-    if any(gated in block for block in kin.blocks.values()):
-        extra, down = {gated: torch.zeros_like(gate[:1])}, 2 * down
-    else:
-        extra = {}
-    parts = [gate, up, down] if len(names) == 3 else [torch.cat([gate, up]), down]
-    return dict(zip(names, parts, strict=True)) | extra
-
-
-def shared_names(architecture: Architecture) -> list[str]:
-    """Tensors, relative to a layer, of the expert that all tokens share: gate, up, down, the first two maybe as one."""
-    at = architecture.routed.shared if architecture.routed else None
-    return [name for block in architecture.blocks.values() for name in block if at and name.startswith(f"{at}.")]
+    letter, routed = shared_letter(made, layer), made.architecture.routed
+    assert letter is not None
+    assert routed is not None
+    extra: dict[str, Tensor] = {}
+    gate = f"{made.layer_path(layer)}.{routed.shared}_gate.weight"
+    if gate in made.tensors:
+        extra[gate] = torch.zeros_like(matrices[0][:1])
+        matrices = [*matrices[:-1], 2 * matrices[-1]]
+    return written(made, layer, letter, matrices) | extra
 
 
 def _mode(mode: str) -> str:
@@ -206,39 +227,6 @@ def config_like(model_type: str, like: PreTrainedConfig) -> PreTrainedConfig:
         if callable(source) and source(made) != source(like):
             setattr(made, name, source(like))
     return made
-
-
-def axes_of(architecture: Architecture) -> tuple[Axis, Axis]:
-    """Experts, and the neurons in them. Raises `UnsupportedArchitecture` for a model without both."""
-    experts = next((axis for axis in architecture.axes if axis.active), None)
-    inner = [axis for axis in architecture.axes if experts is not None and experts.letter in axis.within]
-    up = places_of(architecture)["up"]
-    layout = next((tensors[up] for tensors in architecture.blocks.values() if up in tensors), "")
-    if experts is None or not inner or not layout.endswith(GATED):
-        raise UnsupportedArchitecture(
-            f"{architecture.model_type} has no routed experts with gate and up matrices one above the other, so they "
-            f"cannot be converted or merged"
-        )
-    return experts, inner[0]
-
-
-def places_of(architecture: Architecture) -> dict[str, str]:
-    """Names, relative to a layer, of the router and of the experts' tensors."""
-    routed = architecture.routed
-    if routed is None:
-        return {"router": "", "up": "", "down": ""}
-    experts = routed.experts
-    return {
-        "router": f"{routed.router}.weight",
-        "up": f"{experts}.gate_up_proj",
-        "down": f"{experts}.down_proj",
-    }
-
-
-def _shards(gate: Tensor, up: Tensor, down: Tensor, granularity: int) -> tuple[Tensor, Tensor]:
-    """An FFN cut along its neurons: `[granularity, 2 width, hidden]`, `[granularity, hidden, width]`."""
-    fused = [torch.cat(pair) for pair in zip(gate.chunk(granularity), up.chunk(granularity), strict=True)]
-    return torch.stack(fused), torch.stack(down.chunk(granularity, dim=1))
 
 
 def built(like: PreTrainedModel, config: PreTrainedConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel:

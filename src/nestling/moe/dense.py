@@ -2,7 +2,7 @@
 
 The best experts of each layer, and the one that all tokens share where there is one, side by side are one FFN. What
 routers and gates decide for each token becomes one number, which goes into the down projections: the experts' mean
-weight in all, evenly, and the shared one's. Knows the parts of mixtures by their declarations, as `convert` does.
+weight in all, evenly, and the shared one's.
 """
 
 from __future__ import annotations
@@ -18,12 +18,10 @@ from transformers import PreTrainedModel
 from nestling.anatomy import ARCHITECTURES, Anatomy, decoder
 from nestling.anatomy.bypass import evaluating
 from nestling.errors import ShapeError, UnsupportedArchitecture
-from nestling.moe.convert import DOWN, GATE, UP, axes_of, built, config_like, places_of, shared_names
+from nestling.moe.convert import WIDTH, built, config_like
+from nestling.moe.ffn import Weights, expert_axis, shared_letter, taken, written
 from nestling.moe.train import routed_modules
 from nestling.ranking import Ranking
-
-Weights = dict[str, Tensor]
-FFN = tuple[Tensor, Tensor, Tensor]  # gate, up `[neurons, hidden]` and down `[hidden, neurons]`
 
 
 def to_dense(
@@ -40,23 +38,42 @@ def to_dense(
     use as it is. Raises `UnsupportedArchitecture` where no dense model is alike.
     """
     anatomy = Anatomy.of(model)
-    axis, _ = axes_of(anatomy.architecture)
-    dense = _dense_kin(anatomy)
-    count = experts or getattr(model.config, str(axis.active))
-    if not 1 <= count <= anatomy.value(axis, 0):
-        raise ShapeError(f"experts={count} of {anatomy.value(axis, 0)} cannot be kept: give a number up to that")
+    axis, routed = expert_axis(anatomy.architecture), anatomy.architecture.routed
+    assert routed is not None
+    kin, count = check_dense(anatomy, experts)
+    sizes, shared, config = anatomy.sizes(0), shared_letter(anatomy, 0), config_like(kin, model.config)
+    setattr(config, WIDTH, count * sizes[routed.neuron] + (sizes[shared] if shared else 0))
+    made, weights = Anatomy.of(config), dict(model.state_dict())
     shares = [(1.0, 0.5)] * anatomy.num_layers if batches is None else mean_weights(model, batches)
-    weights, config = dict(model.state_dict()), config_like(dense, model.config)
-    for layer, (routed, gated) in enumerate(shares):
-        path, best = anatomy.layer_path(layer), ranking.order(axis.field, layer)[:count].sort().values
-        shared = _shared(weights, anatomy, path, gated)
-        parts = [*shared, _side_by_side(weights, anatomy, path, best, routed / count)]
-        gate, up, down = (
-            torch.cat(tensors, dim) for tensors, dim in zip(zip(*parts, strict=True), (0, 0, 1), strict=True)
-        )
-        weights |= {f"{path}.mlp.{name}": tensor for name, tensor in ((GATE, gate), (UP, up), (DOWN, down))}
-        config.intermediate_size = len(gate)
+    for layer, (chosen, gated) in enumerate(shares):
+        parts = [_shared(weights, anatomy, layer, shared, gated)] if shared else []
+        best = ranking.order(axis.field, layer)[:count].sort().values
+        *enter, leave = (m[best.to(m.device)].flatten(0, 1) for m in taken(weights, anatomy, layer, routed.neuron))
+        parts.append([*enter, leave * (chosen / count)])
+        for spec in anatomy.of_layer[layer]:
+            if axis.letter in spec.letters:  # what is left is the router
+                weights.pop(spec.name, None)
+        joined = [torch.cat(same) for same in zip(*parts, strict=True)]
+        weights |= written(made, layer, made.axes[WIDTH].letter, joined)
     return built(model, config, weights)
+
+
+def check_dense(anatomy: Anatomy, experts: int | None = None) -> tuple[str, int]:
+    """The type of the dense model that `to_dense` makes, and how many experts go into each FFN. Raises as it does."""
+    architecture = anatomy.architecture
+    axis, kin = expert_axis(architecture), architecture.dense_kin
+    if kin is None or anatomy.routed_layers() != list(range(anatomy.num_layers)):
+        able = ", ".join(sorted(name for name, other in ARCHITECTURES.items() if other.dense_kin))
+        raise UnsupportedArchitecture(
+            f"no dense model is like this {architecture.model_type} model: every layer must have experts, and it be "
+            f"one of {able}"
+        )
+    if len({tuple(sorted(anatomy.sizes(layer).items())) for layer in range(anatomy.num_layers)}) > 1:
+        raise UnsupportedArchitecture("the layers of this model differ in size, which no stock dense model can")
+    count, most = experts or getattr(anatomy.config, str(axis.active)), anatomy.value(axis, 0)
+    if not 1 <= count <= most:
+        raise ShapeError(f"experts={count} of {most} cannot be kept: give a number up to that")
+    return kin, count
 
 
 def mean_weights(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> list[tuple[float, float]]:
@@ -79,34 +96,11 @@ def mean_weights(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]
     return [(_mean(chosen), _mean(gates)) for chosen, gates in sums]
 
 
-def _dense_kin(anatomy: Anatomy) -> str:
-    dense = anatomy.architecture.dense_kin
-    if dense is None or anatomy.routed_layers() != list(range(anatomy.num_layers)):
-        raise UnsupportedArchitecture(
-            f"no dense model is like this {anatomy.architecture.model_type} model: every layer must have experts, and "
-            f"be one of {', '.join(sorted(n for n, a in ARCHITECTURES.items() if a.dense_kin))}"
-        )
-    return dense
-
-
-def _side_by_side(weights: Weights, anatomy: Anatomy, path: str, best: Tensor, weight: float) -> FFN:
-    """Those experts as one FFN, each with that weight; they and the router are taken out of `weights`."""
-    at = places_of(anatomy.architecture)
-    weights.pop(f"{path}.{at['router']}")
-    fused, down = (weights.pop(f"{path}.{at[name]}") for name in ("up", "down"))
-    gate, up = fused[best.to(fused.device)].chunk(2, dim=1)
-    return gate.flatten(0, 1), up.flatten(0, 1), down[best.to(down.device)].transpose(0, 1).flatten(1) * weight
-
-
-def _shared(weights: Weights, anatomy: Anatomy, path: str, gated: float) -> list[FFN]:
-    """The expert that all tokens share, if there is one, taken out of `weights`; its gate counts as a constant."""
-    names = [f"{path}.{name}" for name in shared_names(anatomy.architecture)]
-    tensors = [weights.pop(name) for name in names if name in weights]
-    if not tensors:
-        return []
-    gate, up, down = tensors if len(tensors) == 3 else (*tensors[0].chunk(2), tensors[1])
-    gate_weight = weights.pop(f"{path}.{_gate(anatomy)}.weight", None)
-    return [(gate, up, down if gate_weight is None else down * gated)]
+def _shared(weights: Weights, anatomy: Anatomy, layer: int, letter: str, gated: float) -> list[Tensor]:
+    """The matrices of the expert that all tokens share, taken out of `weights`; its gate counts as a constant."""
+    *enter, leave = taken(weights, anatomy, layer, letter)
+    gate = weights.pop(f"{anatomy.layer_path(layer)}.{_gate(anatomy)}.weight", None)
+    return [*enter, leave if gate is None else leave * gated]
 
 
 def _gate(anatomy: Anatomy) -> str:

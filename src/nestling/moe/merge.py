@@ -2,20 +2,24 @@
 
 After M-SMoE (arXiv 2310.01334): the best experts of a ranking stay; each other one joins the kept expert whose router
 row is most similar; its neurons are put in the order that fits the kept one's, since experts are alike only up to that;
-and the group is averaged, weighted by how often each was used. Router rows of kept experts stay.
+and the group is averaged, weighted by how often each was used. Router rows of kept experts stay. Which elements of
+which tensor belong to a neuron follows from the anatomy's notation, so experts may be gated or not, and lie either way.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nestling.anatomy import Anatomy
-from nestling.moe.convert import axes_of, places_of
+from nestling.anatomy import Anatomy, TensorSpec
+from nestling.anatomy.notation import Choice, Sizes, kept_elements, take
+from nestling.moe.ffn import expert_axis, expert_tensors
 from nestling.ranking import Ranking
-from nestling.surgery.choose import choose
+from nestling.surgery.choose import choose, flat_units
 from nestling.surgery.cut import assemble, current_ranking, sliced
 
 
@@ -26,14 +30,21 @@ def merge(model: PreTrainedModel, ranking: Ranking, num_experts: int, uses: list
     `[experts]` (`nestling.moe.loads`). Raises `ShapeError` for a number that the model cannot have.
     """
     anatomy = Anatomy.of(model)
-    axis, _ = axes_of(anatomy.architecture)
+    axis, routed = expert_axis(anatomy.architecture), anatomy.architecture.routed
+    assert routed is not None
     selection = choose(anatomy, current_ranking(model, ranking), {axis.field: num_experts})
-    weights, at = dict(model.state_dict()), places_of(anatomy.architecture)
+    weights = dict(model.state_dict())
     for layer, used in zip(anatomy.routed_layers(), uses, strict=True):
-        kept = selection.choices[layer][axis.letter].units
-        up, down, router = (f"{anatomy.layer_path(layer)}.{at[name]}" for name in ("up", "down", "router"))
-        joins = groups(weights[router], kept)
-        weights[up], weights[down] = _merged(weights[up], weights[down], joins, used.to(weights[up]))
+        kept, sizes = flat_units(selection, axis, layer), anatomy.sizes(layer)
+        joins = groups(weights[f"{anatomy.layer_path(layer)}.{routed.router}.weight"], kept)
+        inside = expert_tensors(anatomy, layer)
+        orders = _orders(neurons(weights, inside, routed.neuron, sizes), joins)
+        within = (*axis.within, axis.letter)
+        fitted = Choice(orders.view(*(sizes[letter] for letter in within), -1), within)
+        share = _shares(used.double().cpu(), joins.cpu())
+        for spec in inside:
+            tensor = take(weights[spec.name], kept_elements(spec.layout, {routed.neuron: fitted}, sizes))
+            weights[spec.name] = _averaged(tensor, joins, share)
     return assemble(model, selection, sliced(weights, selection))
 
 
@@ -43,6 +54,18 @@ def groups(rows: Tensor, kept: Tensor) -> Tensor:
     joins = kept.to(rows.device)[(unit @ unit[kept.to(rows.device)].T).argmax(-1)]
     joins[kept] = kept.to(rows.device)
     return joins
+
+
+def neurons(weights: Mapping[str, Tensor], inside: list[TensorSpec], letter: str, sizes: Sizes) -> Tensor:
+    """All that belongs to each neuron of each expert `[experts, neurons, elements]`."""
+    parts = []
+    for spec in inside:
+        for dim, dimension in enumerate(spec.layout):
+            if letter in dimension.letters:
+                by_neuron = dimension.owner((letter,), sizes).argsort(stable=True).to(weights[spec.name].device)
+                rows = weights[spec.name].index_select(dim, by_neuron).movedim(dim, 1)
+                parts.append(rows.reshape(len(rows), sizes[letter], -1))
+    return torch.cat(parts, dim=-1)
 
 
 def aligned(one: Tensor, other: Tensor) -> Tensor:
@@ -56,28 +79,20 @@ def aligned(one: Tensor, other: Tensor) -> Tensor:
     return order
 
 
-def _merged(up: Tensor, down: Tensor, joins: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
-    """The experts' tensors with each kept expert replaced by its group's average."""
-    up, down, before = up.clone(), down.clone(), (up, down)
-    for kept in joins.unique().tolist():
-        members = [kept, *(i for i in torch.nonzero(joins == kept).flatten().tolist() if i != kept)]
-        if len(members) == 1:
-            continue
-        share = used[members] + 1e-6 * used.sum().clamp_min(1)
-        share = share / share.sum()
-        reference = _neurons(before[0][kept], before[1][kept])
-        total_up, total_down = torch.zeros_like(up[kept]), torch.zeros_like(down[kept])
-        for part, member in zip(share, members, strict=True):
-            gate, raised = before[0][member].chunk(2)
-            lowered = before[1][member]
-            order = aligned(reference, _neurons(before[0][member], lowered))
-            total_up += part * torch.cat([gate[order], raised[order]])
-            total_down += part * lowered[:, order]
-        up[kept], down[kept] = total_up, total_down
-    return up, down
+def _orders(rows: Tensor, joins: Tensor) -> Tensor:
+    """For each expert the order of its neurons that fits the expert it joins `[experts, neurons]`."""
+    same = torch.arange(rows.shape[1], device=rows.device)
+    orders = [same if i == kept else aligned(rows[kept], rows[i]) for i, kept in enumerate(joins.tolist())]
+    return torch.stack(orders)
 
 
-def _neurons(up: Tensor, down: Tensor) -> Tensor:
-    """All weights of each neuron of one expert `[neurons, 3 * hidden]`."""
-    gate, raised = up.chunk(2)
-    return torch.cat([gate, raised, down.T], dim=-1)
+def _shares(used: Tensor, joins: Tensor) -> Tensor:
+    """What each expert counts for in its group `[experts]`, by its use; evenly where none of it was used."""
+    weight = used + 1e-6 * used.sum().clamp_min(1)
+    return weight / torch.zeros_like(weight).index_add(0, joins, weight)[joins]
+
+
+def _averaged(tensor: Tensor, joins: Tensor, share: Tensor) -> Tensor:
+    """Each kept expert's part of a tensor `[experts, ...]` replaced by its group's average."""
+    weighted = tensor * share.to(tensor).view(-1, *(1 for _ in tensor.shape[1:]))
+    return torch.zeros_like(tensor).index_add(0, joins.to(tensor.device), weighted)

@@ -32,6 +32,7 @@ from nestling.recipes.source import Source, in_batches, load
 from nestling.recipes.summary import origin
 from nestling.report import write_report
 from nestling.report.human import count, figure
+from nestling.shape import fit
 from nestling.surgery import prune
 from nestling.train import documented
 
@@ -100,6 +101,8 @@ class ExpertSettings(CalibrationSettings):
             raise NestlingError(f"metric '{self.metric}' does not rank experts: choose from {', '.join(METRICS)}")
         if self.keep is None and not self.dense:
             raise NestlingError("say how many experts to keep in each layer, as in --keep 0.5x or --keep 32")
+        if self.merge and self.dense:
+            raise NestlingError("experts are merged or put side by side as one FFN: give --merge or --dense, not both")
 
 
 @documented
@@ -153,6 +156,7 @@ def prune_experts(settings: ExpertSettings) -> dict[str, Any]:
     next(moe.routed_modules(source.model))  # refuses a model without experts
     axis = next(axis for axis in anatomy.axes.values() if axis.active)
     keep = _kept(settings.keep, anatomy.value(axis, anatomy.routed_layers()[0])) if settings.keep else None
+    _check_cut(anatomy, axis.field, keep, settings)
     batches = in_batches(source.calibration(settings, settings.calibration_tokens))
     with bar("ranking, tokens", settings.calibration_tokens) as advance:
         ranking = rank(source.model, batches, metric={axis.field: settings.metric}, progress=advance)
@@ -235,6 +239,14 @@ def _cut(
     if settings.merge:
         return moe.merge(model, ranking, keep, moe.loads(model, batches))
     return prune(model, ranking, {name: keep})
+
+
+def _check_cut(anatomy: Anatomy, name: str, keep: int | None, settings: ExpertSettings) -> None:
+    """Refuse what cannot be before anything is ranked."""
+    if settings.dense:
+        moe.check_dense(anatomy, keep)
+    else:
+        fit(anatomy, {name: keep})
 
 
 def _kept(text: str, experts: int) -> int:
