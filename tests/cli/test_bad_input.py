@@ -155,6 +155,16 @@ DATA = {
     ),
     "no JSON": (["rank", "m", *FEW], _text('{"text": \n'), "line 1 of 'text.jsonl' is not JSON"),
     "no column": (["rank", "m", *FEW], _text('{"body": "a"}\n'), "no column 'text' .* rename the one"),
+    "text that is none": (
+        ["rank", "m", *FEW],
+        _text('{"text": 5}\n'),
+        "line 1 of 'text.jsonl' has a int as its 'text'",
+    ),
+    "too short to train on": (
+        ["compress", "m", *JOB, "--distill.context", "9999"],
+        None,
+        "has fewer than 9999 tokens for the split 'train'",
+    ),
     "evaluation data": (
         ["compress", "m", *JOB, "--evaluate_on", "no.txt"],
         None,
@@ -201,6 +211,19 @@ NUMBER = {
         None,
         "generated 2.0 is not a part of the text: give a number",
     ),
+    "seed": (["rank", "m", *FEW, "--seed", "-1"], None, "seed -1 is not possible: give a number from 0 to 4294967295"),
+    "rows of training": (
+        ["compress", "m", *JOB, "--distill.context", "1"],
+        None,
+        "context 1 is not possible: give at least 2",
+    ),
+    "beta": (["compress", "m", *JOB, "--distill.beta2", "1"], None, "beta2 1.0 do not make an AdamW: give .* below 1"),
+    "micro-batches": (
+        ["compress", "m", *JOB, "--distill.micro_batch_size", "3"],
+        None,
+        "micro_batch_size 3 does not divide the 2 sequences",
+    ),
+    "no pairs": (["eval", "m", "--pairs", "p", "--limit", "0"], None, "limit 0 is not possible: give at least 1"),
     "costs": (["inspect", "m", "--batch", "0"], None, "batch 0 is not possible: give at least 1"),
     "rounds": (["bench", "m", "--rounds", "0"], None, "rounds 0 is not possible: give at least 1"),
     "no number": (
@@ -231,6 +254,18 @@ PLACE = {
         None,
         "'m' cannot be written .it is a folder.: name another",
     ),
+    "file for a model": ([*HALF, "--out", "f"], _file("f"), "'f' is a file: name a folder with --out"),
+    "model below a file": (
+        [*HALF, "--out", "f/child"],
+        _file("f"),
+        "'f/child' cannot be written .*name another folder",
+    ),
+    "no model to replace": (
+        [*HALF, "--out", "mine", "--overwrite"],
+        _file("mine/thesis"),
+        "'mine' holds no model that could be replaced: name",
+    ),
+    "export below a file": (["export", "m", "f/m.gguf"], _file("f"), "'f/m.gguf' cannot be written .* name another"),
     "no run to report": (["report", "m"], None, "'m' holds no finished run: give the folder that"),
     "ranking of another model": (
         ["prune", "m", "--to", "0.5x", "--ranking", "other.safetensors", *FEW],
@@ -241,11 +276,23 @@ PLACE = {
 }
 LINE = {
     "no verb": ([], None, 'expected "verb" to be one of .* see nestling --help'),
-    "unknown verb": (["squeeze", "m"], None, "'squeeze' .*see nestling --help"),
+    "unknown verb": (["squeeze", "m"], None, "'squeeze' is not a verb: there are inspect, .*see nestling --help"),
+    "mistyped verb": (["comprss", "m"], None, "'comprss' is not a verb: perhaps compress was meant"),
+    "half a verb": (["dmc", "shwo"], None, "'dmc' is not a verb: perhaps dmc show was meant"),
     "unknown option": (
-        ["rank", "m", "--tokenz", "3"],
+        ["rank", "m", "--sideways", "3"],
         None,
-        "unrecognized arguments: --tokenz 3: see nestling rank --help",
+        "unrecognized arguments: --sideways 3: see nestling rank --help",
+    ),
+    "mistyped option": (
+        ["rank", "m", "--calibration-tokns=3"],
+        None,
+        "--calibration-tokns=3: perhaps --calibration_tokens was meant, see",
+    ),
+    "option of nested settings": (
+        ["distill", "m", "--learning_rate", "3"],
+        None,
+        "--learning_rate 3: perhaps --distill.learning_rate was meant, see nestling distill --help",
     ),
     "no model": (["rank"], None, "arguments are required: rank.model: see nestling rank --help"),
     "no config": (
@@ -254,7 +301,11 @@ LINE = {
         "--config: File does not exist: .*no.yaml.* see nestling rank",
     ),
     "bad config": (["rank", "--config", "c.yaml"], _file("c.yaml", "tokens: ["), "parsing config"),
-    "unknown setting": (["rank", "--config", "c.yaml"], _file("c.yaml", "model: m\ntokenz: 3"), "option 'tokenz'"),
+    "unknown setting": (
+        ["rank", "--config", "c.yaml"],
+        _file("c.yaml", "model: m\ncontxt: 3"),
+        "option 'contxt': perhaps context was meant",
+    ),
 }
 CASES = {
     f"{kind}: {name}": case

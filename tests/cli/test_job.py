@@ -139,3 +139,18 @@ def _alive(process):
     except ProcessLookupError:
         return False
     return True
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_sigterm_is_taken_as_ctrl_c_even_where_that_is_ignored(ignored):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    job = Job()
+    try:
+        if ignored:  # as in jobs that a shell script starts in the background
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with pytest.raises(KeyboardInterrupt), job.running():
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+    assert job.interrupted_code == 143
+    assert signal.getsignal(signal.SIGTERM) is before[1]

@@ -1,28 +1,25 @@
 """The command line: one verb per job, each verb the dataclass that its Python call and its YAML file use.
 
 Thin on purpose: it parses, calls and prints. A mistake in the input is one sentence and exit code 2; Ctrl-C is exit
-code 130, and the run folder is as the last finished stage or checkpoint left it.
+code 130, SIGTERM 143, and the run folder is as the last finished stage or checkpoint left it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from itertools import takewhile
 from typing import Any
 
+from nestling.cli.arguments import meant, near, options, spelled_out
 from nestling.cli.job import Job
 from nestling.errors import NestlingError
 
 # What the file system refuses anywhere is the user's to mend; other errors of the system are bugs.
 PLACE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
-# Options whose name would be a keyword of Python.
-SHORT = {"--from": "--each_from"}
 # verb, of one word or two -> (module, settings, function, one line of help)
 VERBS = {
     "inspect": ("inspect", "InspectSettings", "inspect", "what a model is made of, and what it costs"),
@@ -65,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = f"'{error.filename}'" if error.filename else "a file"
         return _refuse(job, f"{what} cannot be written or read ({error.strerror}): make room, or mend its rights")
     except KeyboardInterrupt:
-        return job.say("nestling: interrupted; run the same command again to continue", 130)
+        return job.say("nestling: interrupted; run the same command again to continue", job.interrupted_code)
 
 
 def _refuse(job: Job, sentence: str) -> int:
@@ -76,12 +73,13 @@ def _run(arguments: list[str]) -> int:
     from argparse import ArgumentError
 
     named = _named(arguments)
+    words = [argument for argument in arguments if not argument.startswith("-")]
+    if named is None and words:
+        raise NestlingError(f"'{words[0]}' is not a verb: {near(words, VERBS)}, see nestling --help")
     try:
         chosen, values = _parsed(_with_present_names(arguments, named), named)
     except ArgumentError as error:
-        hint = f"see nestling {named} --help" if named else "see nestling --help"
-        former = [f"{old} is called {new} now" for old, new in _former(named).items() if _names(str(error), old)]
-        raise NestlingError(f"{_plain(str(error))}: {', '.join([*former, hint])}") from error
+        raise NestlingError(f"{_plain(str(error))}: {', '.join(_hints(str(error), named))}") from error
     as_json = values.pop("json")
     values.pop("config", None)
     module, _, function, _ = VERBS[chosen]
@@ -89,6 +87,13 @@ def _run(arguments: list[str]) -> int:
     if as_json:
         print(json.dumps(result, default=str))
     return 0
+
+
+def _hints(message: str, verb: str | None) -> list[str]:
+    """What helps with a message of the parser."""
+    found = [f"{old} is called {new} now" for old, new in _former(verb).items() if _names(message, old)]
+    guess = meant(message, options(_settings(verb))) if verb and not found else None
+    return [*found, *([guess] if guess else []), f"see nestling {verb} --help" if verb else "see nestling --help"]
 
 
 def _former(verb: str | None) -> dict[str, str]:
@@ -124,20 +129,6 @@ def _plain(message: str) -> str:
     return re.sub(r"Expected a <class '(\w+)'>\. Got value: ", r"expected \1, got ", text).rstrip(":. ")
 
 
-def _as_lists(arguments: list[str], verb: str) -> list[str]:
-    """Several values after an option that takes a list (`--to 0.75x 0.5x`), as the parser wants them."""
-    taking = {f"--{field.name}" for field in dataclasses.fields(_settings(verb)) if field.type == "list[str]"}
-    result: list[str] = []
-    waiting = [SHORT.get(argument, argument) for argument in arguments]
-    while waiting:
-        argument = waiting.pop(0)
-        values = list(takewhile(lambda value: not value.startswith("-"), waiting)) if argument in taking else []
-        several = bool(values) and not values[0].startswith("[")
-        result.append(f"{argument}={json.dumps(values)}" if several else argument)
-        waiting = waiting[len(values) :] if several else waiting
-    return result
-
-
 def _named(arguments: list[str]) -> str | None:
     """The verb on the command line: its first two words, or one of them."""
     return next((verb for verb in (" ".join(arguments[:2]), *arguments) if verb in VERBS), None)
@@ -153,14 +144,14 @@ def _parsed(arguments: list[str], named: str | None) -> tuple[str, dict[str, Any
     if named and " " in named:
         arguments = [_hyphened(named), *arguments[2:]]
     for verb, (_, _, _, summary) in VERBS.items():
-        sub = ArgumentParser(description=summary, exit_on_error=False)
+        sub = ArgumentParser(description=summary, exit_on_error=False, allow_abbrev=False)
         if named in (None, verb):
             sub.add_argument("--config", action="config", help="YAML file with these settings")
             sub.add_argument("--json", action="store_true", help="print one JSON object on the last line")
         if named == verb:
             sub.add_class_arguments(_settings(verb), as_positional=True)
         verbs.add_subcommand(_hyphened(verb), sub, help=summary)
-    chosen = parser.parse_args(_as_lists(arguments, named) if named else arguments)
+    chosen = parser.parse_args(spelled_out(arguments, options(_settings(named))) if named else arguments)
     verb = next(verb for verb in VERBS if _hyphened(verb) == chosen.verb)
     return verb, parser.instantiate_classes(chosen)[chosen.verb].as_dict()
 

@@ -2,8 +2,8 @@
 
 Only the first process prints. A mistake in the input is one sentence, whichever process meets it, and all leave with
 the same code. When a process dies, the launcher ends the others (SIGTERM) or their connection to it breaks; either
-way one sentence says so and the process leaves, also from within a collective call that would wait for ever. With one
-process nothing here does anything.
+way one sentence says so and the process leaves, also from within a collective call that would wait for ever. One
+process alone takes SIGTERM as it takes Ctrl-C: it cleans up and keeps what a later one can go on from.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 from nestling import processes
@@ -34,12 +35,14 @@ class Job:
         self._store: Any = None
         self._end: Any = None
         self._code = 1  # to leave with when the launcher ends this process
+        self.interrupted_code = 130
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Processes are connected and, except for the first, silent; raises `SystemExit` when one is lost."""
         if not self.several:
-            yield
+            with self._ended_as_interrupted():
+                yield
             return
         self._store = processes.start()
         self._watch()
@@ -73,6 +76,25 @@ class Job:
             return code
         self._leave_together()
         return code
+
+    @contextlib.contextmanager
+    def _ended_as_interrupted(self) -> Iterator[None]:
+        """SIGTERM, as schedulers send it, does what Ctrl-C would do at that moment, also where Ctrl-C is ignored."""
+
+        def end(number: int, frame: FrameType | None) -> None:
+            self.interrupted_code = 128 + number
+            interrupt = signal.getsignal(signal.SIGINT)
+            (interrupt if callable(interrupt) else signal.default_int_handler)(signal.SIGINT, frame)
+
+        try:
+            before = signal.signal(signal.SIGTERM, end)
+        except ValueError:  # not the main thread: signals are none of our business
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def _told(self) -> bool:
         """Whether the first process has come to say it too."""

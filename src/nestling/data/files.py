@@ -62,8 +62,9 @@ def read(paths: Iterable[Path], tokenizer: PreTrainedTokenizerBase | None) -> It
 
 def text_of(row: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
     """The text of one record: `text`, or `messages` through the chat template. Raises `DataError`."""
-    if isinstance(row.get("text"), str):
-        return row["text"]
+    text = row.get("text")
+    if isinstance(text, str):
+        return text
     if row.get("messages"):
         if tokenizer is None or not tokenizer.chat_template:
             raise DataError(f"{where} holds 'messages', but the tokenizer has no chat template: give 'text' instead")
@@ -71,7 +72,9 @@ def text_of(row: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase 
             return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
         except Exception as error:  # templates are programs: jinja, key and type errors
             raise DataError(f"{where} does not fit the tokenizer's chat template: {error}") from error
-    if row.get("text", "") is None:
+    if text is not None:
+        raise DataError(f"{where} has a {type(text).__name__} as its 'text': make it one string")
+    if "text" in row or "messages" in row:
         return ""
     names = ", ".join(map(str, row)) or "none"
     raise DataError(f"{where} has no column 'text' or 'messages' (it has {names}): rename the one that holds the text")

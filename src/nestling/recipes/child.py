@@ -38,6 +38,7 @@ from nestling.surgery.kernels import kernel_word
 from nestling.surgery.merge import check_merge
 from nestling.surgery.repair import Repair
 from nestling.train import documented
+from nestling.train.settings import split_batch
 
 HELD_BACK = 4096  # tokens on which short distillations are compared, at most
 SAMPLE_TOKENS = 40
@@ -113,7 +114,10 @@ class Parent:
     def _check_texts(self) -> None:
         """Find out before long work what cannot be read, or holds too little."""
         settings = self.settings
-        batches(settings.data, self.tokenizer, context=settings.context, tokens=settings.context)
+        how = settings.distill.sized()
+        split_batch(how, how.context, self.model.device)
+        for context in {settings.context, how.context}:
+            batches(settings.data, self.tokenizer, context=context, tokens=context)
         evaluated = [(spec, "all") for spec in listed(getattr(settings, "evaluate_on", ""))]
         for spec, split in [(settings.data, "validation"), *evaluated]:
             documents(spec, split, tokenizer=self.tokenizer)

@@ -25,7 +25,7 @@ from nestling.elastic.train import importance, make_plan
 from nestling.errors import TargetError
 from nestling.ranking import Ranking, rank
 from nestling.recipes.progress import Stages, bar, console
-from nestling.recipes.run import Run
+from nestling.recipes.run import Run, check_folder
 from nestling.recipes.settings import CalibrationSettings, ModelSettings, listed
 from nestling.recipes.source import Source, in_batches
 from nestling.report import write_report
@@ -119,6 +119,7 @@ class ElasticExtract(ModelSettings):
 
 def elastic_extract(settings: ElasticExtract) -> dict[str, Any]:
     """Write a member as a checkpoint of its own; returns where it is and what it is."""
+    check_folder(settings.out, settings.overwrite)
     family = _load(settings, settings.family)
     entry, child = family.entry(settings.member), family.extract(settings.member)
     processes.first(lambda: str(hub.save(child, settings.out, family.tokenizer, overwrite=settings.overwrite)))

@@ -13,10 +13,11 @@ from nestling import evaluate
 from nestling.anatomy import compiled_steps
 from nestling.errors import DataError
 from nestling.recipes.progress import bar, console
-from nestling.recipes.settings import ModelSettings, listed
+from nestling.recipes.settings import ModelSettings, at_least, listed
 from nestling.recipes.source import Source, load
 from nestling.report.human import figure
 from nestling.train import documented
+from nestling.train.settings import check_seed
 
 COMPILERS = ("g++", "clang++")
 
@@ -49,6 +50,12 @@ class EvalSettings(ModelSettings):
     tasks: str | list[str] = ""
     limit: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        at_least("tokens", self.tokens, 1)
+        if self.limit is not None:
+            at_least("limit", self.limit, 1)
 
 
 @documented

@@ -9,6 +9,7 @@ from typing import Any
 from nestling.errors import CheckpointError
 from nestling.hub.to_gguf import save_gguf
 from nestling.recipes.progress import console
+from nestling.recipes.run import check_place
 from nestling.recipes.settings import ModelSettings
 from nestling.recipes.source import load
 from nestling.train import documented
@@ -41,6 +42,7 @@ def export(settings: ExportSettings) -> dict[str, Any]:
         raise CheckpointError(f"'{settings.out}' is not a .gguf file: models in folders are ready for other programs")
     if target.exists() and not settings.overwrite:
         raise CheckpointError(f"'{settings.out}' exists: name another file, or give --overwrite")
+    check_place(target)
     model, tokenizer = load(settings, settings.model)
     save_gguf(model, target, tokenizer if settings.tokenizer else None, settings.type)
     size = target.stat().st_size

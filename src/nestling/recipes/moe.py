@@ -14,11 +14,11 @@ from nestling import hub, moe, processes
 from nestling.anatomy import Anatomy
 from nestling.cost import cost
 from nestling.data import packed
-from nestling.errors import CheckpointError, NestlingError, ShapeError
+from nestling.errors import NestlingError, ShapeError
 from nestling.pretrain import architecture_config, build, names_checkpoint
 from nestling.ranking import Ranking, rank
 from nestling.recipes.progress import bar, console
-from nestling.recipes.run import Run
+from nestling.recipes.run import Run, check_folder
 from nestling.recipes.scratch import (
     ScratchSettings,
     fields,
@@ -97,6 +97,7 @@ class ExpertSettings(CalibrationSettings):
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.metric not in METRICS:
             raise NestlingError(f"metric '{self.metric}' does not rank experts: choose from {', '.join(METRICS)}")
         if self.keep is None and not self.dense:
@@ -136,7 +137,7 @@ class MixtureVerb(ScratchSettings):
 
 def upcycle_model(settings: UpcycleSettings) -> dict[str, Any]:
     """Make the mixture, say how far its logits are from the model's, and save it."""
-    _check_out(settings.out, settings.overwrite)
+    check_folder(settings.out, settings.overwrite)
     model, tokenizer = load(settings, settings.model)
     if Anatomy.of(model).routed_layers():
         made = moe.split(model, settings.granularity)
@@ -150,7 +151,7 @@ def upcycle_model(settings: UpcycleSettings) -> dict[str, Any]:
 
 def prune_experts(settings: ExpertSettings) -> dict[str, Any]:
     """Rank the experts, drop or merge what is below, and save the rest."""
-    _check_out(settings.out, settings.overwrite)
+    check_folder(settings.out, settings.overwrite)
     source = Source.open(settings)
     anatomy = Anatomy.of(source.model)
     next(moe.routed_modules(source.model))  # refuses a model without experts
@@ -258,11 +259,6 @@ def _kept(text: str, experts: int) -> int:
     if not 1 <= kept <= experts:
         raise ShapeError(f"--keep {text} of {experts} experts cannot be: give a number up to that, or a part as 0.5x")
     return kept
-
-
-def _check_out(out: str, overwrite: bool) -> None:
-    if processes.first(Path(out).exists) and not overwrite:
-        raise CheckpointError(f"'{out}' exists: name another folder with --out, or give --overwrite")
 
 
 @torch.no_grad()

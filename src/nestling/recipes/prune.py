@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -11,9 +10,10 @@ from torch import Tensor
 from nestling import hub, processes
 from nestling.anatomy import Anatomy
 from nestling.cost import cost
-from nestling.errors import CheckpointError, TargetError
+from nestling.errors import TargetError
 from nestling.ranking import Ranking, rank
 from nestling.recipes.progress import bar, console
+from nestling.recipes.run import check_folder
 from nestling.recipes.settings import FORMER_TOKENS, ShapeSettings
 from nestling.recipes.shapes import Ground, checked
 from nestling.recipes.source import Source, in_batches
@@ -59,8 +59,7 @@ def prune_model(settings: PruneSettings) -> dict[str, Any]:
     """Cut a model and save it; returns its shape and cost."""
     if (settings.to is None) == (settings.shape is None):
         raise TargetError("prune takes either --to or --shape: say --to 0.5x, or --shape intermediate_size=1152")
-    if processes.first(Path(settings.out).exists) and not settings.overwrite:
-        raise CheckpointError(f"'{settings.out}' exists: name another folder with --out, or give --overwrite")
+    check_folder(settings.out, settings.overwrite)
     check_merge(settings.merge)
     given = Ranking.load(settings.ranking) if settings.ranking else None
     source = Source.open(settings)

@@ -152,7 +152,34 @@ def read_json(path: Path) -> Any:
 
 def check_place(path: Path) -> None:
     """Find out before long work whether a file can be written there. Raises `CheckpointError`."""
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
-        problem = "it is a folder" if path.is_dir() else f"'{above}' is not a folder that may be written to"
+    problem = "it is a folder" if path.is_dir() else _closed(path)
+    if problem:
         raise CheckpointError(f"'{path}' cannot be written ({problem}): name another file with --out")
+
+
+def check_folder(out: str, overwrite: bool) -> None:
+    """Find out before long work whether a model can be saved in a folder of that name, in all processes.
+
+    Raises `CheckpointError`.
+    """
+    processes.first(lambda: _check_folder(Path(out), overwrite))
+
+
+def _check_folder(path: Path, overwrite: bool) -> None:
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"'{path}' is a file: name a folder with --out")
+    filled = path.is_dir() and any(path.iterdir())
+    if filled and not overwrite:
+        raise CheckpointError(f"'{path}' exists: name another folder with --out, or give --overwrite")
+    if filled and not (path / "config.json").exists():
+        raise CheckpointError(f"'{path}' holds no model that could be replaced: name another folder with --out")
+    if problem := _closed(path):
+        raise CheckpointError(f"'{path}' cannot be written ({problem}): name another folder with --out")
+
+
+def _closed(path: Path) -> str | None:
+    """Why nothing can be made under that name; None if it can."""
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if above.is_dir() and os.access(above, os.W_OK):
+        return None
+    return f"'{above}' is not a folder that may be written to"

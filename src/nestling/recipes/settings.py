@@ -8,6 +8,7 @@ from nestling.errors import NestlingError
 from nestling.ranking.metrics import find_metric
 from nestling.ranking.rank import check_layer_metric
 from nestling.train import documented
+from nestling.train.settings import check_seed
 
 FORMER_TOKENS = {"tokens": "calibration_tokens"}  # of the verbs whose only tokens these are
 
@@ -47,6 +48,9 @@ class CalibrationSettings(ModelSettings):
     context: int = 256
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+
 
 @documented
 @dataclass(kw_only=True)
@@ -71,6 +75,7 @@ class ShapeSettings(CalibrationSettings):
     latency_context: int = 512
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, least in (("finalists", 1), ("trial_tokens", 0), ("cost_context", 1), ("cost_batch", 1)):
             at_least(name, getattr(self, name), least)
         at_least("latency_context", self.latency_context, 1)

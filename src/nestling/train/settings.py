@@ -96,6 +96,7 @@ class TrainSettings:
         for name, least in (
             ("batch_size", self.SMALLEST_BATCH),
             ("micro_batch_size", 0),
+            ("context", 2),
             ("save_every", 0),
             ("log_every", 1),
         ):
@@ -113,9 +114,22 @@ class TrainSettings:
                 f"warmup {self.warmup} and min_lr_ratio {self.min_lr_ratio} are parts: give numbers from 0 to 1"
             )
 
+        if not (self.weight_decay >= 0 and self.max_grad_norm >= 0 and 0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise NestlingError(
+                f"weight_decay {self.weight_decay}, max_grad_norm {self.max_grad_norm}, beta1 {self.beta1} and beta2 "
+                f"{self.beta2} do not make an AdamW: give no negative number, and betas below 1"
+            )
+        check_seed(self.seed)
+
     def total_steps(self, row_tokens: int) -> int:
         """Optimizer steps for rows of that many tokens."""
         return self.steps or -(-self.tokens // (self.batch_size * row_tokens))
+
+
+def check_seed(seed: int) -> None:
+    """Raises `NestlingError` for a seed that not every generator of random numbers takes."""
+    if not 0 <= seed < 2**32:
+        raise NestlingError(f"seed {seed} is not possible: give a number from 0 to {2**32 - 1}")
 
 
 @dataclass(frozen=True)
