@@ -82,7 +82,7 @@ def test_the_best_measured_candidate_comes_first():
     model, batches = tiny("llama"), token_batches(2)
     ranking, said = random_ranking(model), []
     found = candidates(Anatomy.of(model), Budget.parse("0.6x"))
-    picked = pick(model, ranking, found, batches, finalists=5, progress=said.append)
+    picked = pick(model, ranking, found, batches, finalists=5, progress=lambda what, left: said.append((what, left)))
     measure = token_loss(batches)
     assert len(picked) == 5
     for candidate in picked:
@@ -91,7 +91,10 @@ def test_the_best_measured_candidate_comes_first():
     assert picked[0].loss == min(candidate.loss for candidate in picked)
     assert [candidate.loss for candidate in picked] == sorted(candidate.loss for candidate in picked)
     assert picked[0].to_dict()["params"] == picked[0].cost.params
-    assert [line for line in said if describe(picked[0].shape) in line]
+    assert describe(picked[0].shape) in [what for what, _ in said]
+    left = [count for _, count in said]
+    assert left[-1] == 1
+    assert left == sorted(set(left), reverse=True), "each try is told with fewer that are left"
 
 
 def test_the_verdict_is_the_measurement_and_not_the_expectation():

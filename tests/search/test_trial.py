@@ -62,6 +62,10 @@ def test_the_better_half_is_trained_for_twice_as_long_until_one_is_left(setting)
     assert picked[0].loss == order[3].loss, "the loss before training is still told"
 
 
+def noting(said):
+    return lambda what, left: said.append(what)
+
+
 def test_what_was_measured_is_not_measured_again(setting):
     model, ranking, found, text = setting
     order = pick(model, ranking, found, text, FOUR)
@@ -71,7 +75,7 @@ def test_what_was_measured_is_not_measured_again(setting):
         part = dict(list(kept.items())[:stop])
         said: list[str] = []
         again = pick(
-            model, ranking, found, text, FOUR, named(model, ranking), said.append, part, Training(order).trial()
+            model, ranking, found, text, FOUR, named(model, ranking), noting(said), part, Training(order).trial()
         )
         assert again == whole
         assert part == kept

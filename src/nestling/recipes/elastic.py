@@ -24,7 +24,7 @@ from nestling.elastic.timed import Latency
 from nestling.elastic.train import importance, make_plan
 from nestling.errors import TargetError
 from nestling.ranking import Ranking, rank
-from nestling.recipes.progress import Stages, bar, console
+from nestling.recipes.progress import Stages, bar, console, tries
 from nestling.recipes.run import Run, check_folder
 from nestling.recipes.settings import CalibrationSettings, ModelSettings, listed
 from nestling.recipes.source import Source, in_batches
@@ -34,7 +34,7 @@ from nestling.report.members import in_text
 from nestling.search import Pricing, pick, reachable
 from nestling.search.latency import table
 from nestling.search.parts import Work
-from nestling.search.timing import PROBES
+from nestling.search.timing import TIMED
 from nestling.shape import Shape
 from nestling.surgery import prune
 from nestling.train import documented
@@ -230,7 +230,7 @@ def _latency(source: Source, names: list[str], settings: ElasticTrain) -> Latenc
     if not any(Budget.parse(name).timed for name in names):
         return None
     anatomy, model = Anatomy.of(source.model), source.model
-    with bar("timing blocks, shapes", PROBES) as advance:
+    with bar("timing blocks, models", TIMED) as advance:
         times = table(anatomy, model.device, model.dtype, Work(1, settings.latency_context), advance)
     return partial(times.milliseconds, anatomy)
 
@@ -243,7 +243,7 @@ def _searched(
     text = in_batches(source.calibration(replace(settings, generated=0.0), -(-settings.calibration_tokens // 4)))
     try:
         space = reachable(pricing, Budget.parse(name), tuple(listed(settings.train.axes)))
-        found = pick(source.model, ranking, space, text, progress=lambda what: console.print(f"    {what}"))
+        found = pick(source.model, ranking, space, text, progress=tries())
     except TargetError:  # grids of a search are coarser, and end at half of each size
         return []
     return [found[0].shape]

@@ -7,10 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import Progress
 
 from nestling import processes
 from nestling.train.callbacks import bar_columns
+
+# Updates further apart than rich looks back for a speed, half a minute, would leave a bar without its time left.
+LOOKS_BACK = 24 * 3600
+LAST_FEW = 4  # tries by which the time of the next ones is judged
 
 console = Console(stderr=True, highlight=False, quiet=not processes.is_first())
 
@@ -36,9 +41,26 @@ class Stages:
 def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar; yields the function that advances it. Without a terminal only its end is printed."""
     hidden = console.quiet or not console.is_terminal
-    with Progress(*bar_columns(console), console=console, transient=True, disable=hidden) as progress:
+    columns, how = bar_columns(console), {"transient": True, "disable": hidden, "speed_estimate_period": LOOKS_BACK}
+    with Progress(*columns, console=console, **how) as progress:
         task = progress.add_task(what, total=total)
         yield lambda amount: progress.advance(task, amount)
+
+
+def tries() -> Callable[[str, int], None]:
+    """Prints what is tried next, its number, and how long all that are left take, if they take as long as the last few.
+
+    The function is told what it is and how many are left with it.
+    """
+    begun: list[float] = []
+
+    def say(what: str, left: int) -> None:
+        begun.append(time.monotonic())
+        done, few = len(begun) - 1, begun[-LAST_FEW - 1 :]
+        more = f"  [dim]{duration((few[-1] - few[0]) / (len(few) - 1) * left)} left[/]" if done else ""
+        console.print(Padding(f"{done + 1}/{done + left} {what}{more}", (0, 0, 0, 4)))
+
+    return say
 
 
 def duration(seconds: float) -> str:

@@ -33,7 +33,7 @@ class RankSettings(CalibrationSettings):
     Args:
         model: Hub id, folder, GGUF file, or builtin:smollm2-135m-instruct.
         out: File to write the ranking to.
-        batch_size: Rows per batch.
+        batch_size: Rows per batch; up to eight unless given.
         metric: Importance of width units: contribution, relative or activation; what suits each axis unless given.
         over_batch: Aggregation over rows: mean, l2 or var; the metric's own unless given.
         over_sequence: Aggregation inside a row: mean, l2 or var; the metric's own unless given.
@@ -49,7 +49,7 @@ class RankSettings(CalibrationSettings):
 
     model: str
     out: str = "ranking.safetensors"
-    batch_size: int = 8
+    batch_size: int | None = None
     metric: str | None = None
     over_batch: str | None = None
     over_sequence: str | None = None
@@ -63,7 +63,7 @@ class RankSettings(CalibrationSettings):
 
 def rank_model(settings: RankSettings) -> dict[str, Any]:
     """Rank a model and write the ranking; returns where it is and what it covers."""
-    at_least("batch_size", settings.batch_size, 1)
+    at_least("batch_size", 1 if settings.batch_size is None else settings.batch_size, 1)
     check_metrics(settings.metric, settings.layers, 0 if settings.layer_task else settings.greedy_layers)
     if settings.layer_block and settings.greedy_layers:
         raise NestlingError("layer_block and greedy_layers are two ways to rank layers: give one of them")

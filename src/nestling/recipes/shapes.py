@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 from nestling.anatomy import Anatomy
 from nestling.cost import Cost
 from nestling.ranking import Ranking
-from nestling.recipes.progress import bar, console
+from nestling.recipes.progress import bar, tries
 from nestling.recipes.settings import ShapeSettings, listed
 from nestling.recipes.source import in_batches
 from nestling.search import Budget, Candidate, Pricing, Space, Trial, latency, pick, reachable
 from nestling.search.parts import Work
-from nestling.search.timing import PROBES
+from nestling.search.timing import TIMED
 from nestling.shape import Shape
 from nestling.surgery import choose, prune
 from nestling.surgery.repair import Repair
@@ -83,7 +83,7 @@ class Ground:
             in_batches(self.text[: -(-len(self.text) // 4)]),
             settings.finalists,
             build=lambda shape: prune(self.model, self.ranking, shape, repair=self.repair),
-            progress=lambda what: console.print(f"    {what}"),
+            progress=tries(),
             losses=self.losses,
             trial=self.trial,
             seed=settings.seed,
@@ -120,5 +120,5 @@ def measured(model: PreTrainedModel, settings: ShapeSettings) -> latency.Table:
     """Times of this model's blocks on this machine, measured now or before."""
     work = Work(settings.cost_batch, settings.latency_context)
     anatomy = Anatomy.of(model)
-    with bar("timing blocks, shapes", PROBES) as advance:
+    with bar("timing blocks, models", TIMED) as advance:
         return latency.table(anatomy, model.device, model.dtype, work, advance)

@@ -14,6 +14,9 @@ from nestling.errors import DataError
 from nestling.recipes.progress import bar
 from nestling.recipes.settings import CalibrationSettings, ModelSettings
 
+ROWS_AT_ONCE = 8  # at most
+UPDATES = 16  # of a progress bar over the text, where it has so many rows
+
 
 def load(settings: ModelSettings, where: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """`hub.load` with the settings' dtype, device and trust; each of several processes uses its own device."""
@@ -59,6 +62,10 @@ class Source:
         return torch.cat([part["input_ids"] for part in parts])
 
 
-def in_batches(rows: Tensor, batch_size: int = 8) -> list[dict[str, Tensor]]:
-    """Rows `[rows, context]` as batches `{"input_ids": [batch, context]}`."""
-    return [{"input_ids": part} for part in rows.split(batch_size)]
+def in_batches(rows: Tensor, batch_size: int | None = None) -> list[dict[str, Tensor]]:
+    """Rows `[rows, context]` as batches `{"input_ids": [batch, context]}`.
+
+    Unless a size is given they are small enough for a bar to move, and have a row for each process.
+    """
+    size = batch_size or max(processes.count(), min(ROWS_AT_ONCE, len(rows) // UPDATES))
+    return [{"input_ids": part} for part in rows.split(size)]

@@ -23,6 +23,7 @@ from nestling.shape import Shape
 
 Batch = Mapping[str, Tensor]
 Loss = Callable[[PreTrainedModel], float]
+Say = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,27 @@ class Candidate:
 
 
 class Losses:
-    """The loss of every shape that is asked for, measured once."""
+    """The loss of every shape that is asked for, measured once.
+
+    say: told what is measured next, and how many are left with it, of those that were planned.
+    """
 
     def __init__(
         self,
         loss: Loss,
         build: Callable[[Shape], PreTrainedModel],
         known: MutableMapping[str, float] | None = None,
-        say: Callable[[str], None] = lambda text: None,
+        say: Say = lambda what, left: None,
     ):
         self.build, self.say = build, say
         self._loss, self._known = loss, {} if known is None else known
+        self._planned: set[str] = set()
+        self._more = 0
+
+    def plan(self, names: Iterable[str], more: int = 0) -> None:
+        """Announce what will be measured unless it is known; more: how many others, whose names are not known yet."""
+        self._planned |= set(names)
+        self._more = more
 
     def of(self, shape: Shape, build: Callable[[], PreTrainedModel] | None = None) -> float:
         return self.kept(shape, "", lambda: self._loss(build() if build else self.build(shape)))
@@ -72,7 +83,8 @@ class Losses:
         """What is known of a shape under `how`, or what `measure` finds."""
         key = f"{describe(shape)}{how}"
         if key not in self._known:
-            self.say(f"trying {key}")
+            self._planned.add(key)
+            self.say(key, len(self._planned - self._known.keys()) + self._more)
             self._known[key] = measure()
         return self._known[key]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
-from nestling.search.candidate import Candidate, Loss, Losses, finite_or_last
+from nestling.search.candidate import Candidate, Loss, Losses, describe, finite_or_last
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ def halve(candidates: list[Candidate], trial: Trial, measured: Losses) -> list[C
     alive, tokens = list(candidates), trial.tokens
     done: list[Candidate] = []
     while len(alive) > 1:
+        measured.plan((f"{describe(one.shape)}{_for(tokens)}" for one in alive), more=_later(len(alive)))
         alive = _by_trained(_trained(one, trial, measured, tokens) for one in alive)
         keep = len(alive) // 2
         done, alive, tokens = alive[keep:] + done, alive[:keep], 2 * tokens
@@ -47,8 +48,18 @@ def _trained(one: Candidate, trial: Trial, measured: Losses, tokens: int) -> Can
     def measure() -> float:
         return trial.loss(trial.train(measured.build(one.shape), tokens))
 
-    loss = measured.kept(one.shape, f" with {tokens} tokens of training", measure)
+    loss = measured.kept(one.shape, _for(tokens), measure)
     return replace(one, trained_loss=loss, trained_tokens=tokens)
+
+
+def _for(tokens: int) -> str:
+    return f" with {tokens} tokens of training"
+
+
+def _later(count: int) -> int:
+    """Trainings in the rounds after one of so many candidates."""
+    half = count // 2
+    return half + _later(half) if half > 1 else 0
 
 
 def _by_trained(candidates: Iterable[Candidate]) -> list[Candidate]:

@@ -27,6 +27,7 @@ from nestling.shape import child_config
 
 PROBES = 16  # models that are timed
 ROUNDS = 2  # passes over them, the second in reverse; the faster one counts
+TIMED = PROBES * ROUNDS  # how often `measure` tells its progress
 STEPS = 12  # tokens decoded in each
 LAYER_BYTES = 256 << 20  # weights of a probe's layers, if the parent has so many: more than processors keep close
 
@@ -49,8 +50,9 @@ def measure(
     count: int = PROBES,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[Sample]]:
-    """Part -> its times at the sizes of each of some models. progress: told of each model that is done.
+    """Part -> its times at the sizes of each of some models.
 
+    progress: told of each model that was timed, in each round.
     clock: gives seconds; with one thread on a machine that others use, `time.process_time` tells more.
     """
     layers = _layers(anatomy, dtype)
@@ -63,7 +65,7 @@ def measure(
                 known = fastest.get((number, name))
                 if known is None or sample.seconds < known.seconds:
                     fastest[number, name] = sample
-            if progress is not None and turn == ROUNDS - 1:
+            if progress is not None:
                 progress(1)
     samples: dict[str, list[Sample]] = {}
     for (_, name), sample in sorted(fastest.items(), key=lambda item: item[0]):
