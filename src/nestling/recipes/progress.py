@@ -41,8 +41,10 @@ class Stages:
 def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar; yields the function that advances it. Without a terminal only its end is printed."""
     hidden = console.quiet or not console.is_terminal
-    columns, how = bar_columns(console), {"transient": True, "disable": hidden, "speed_estimate_period": LOOKS_BACK}
-    with Progress(*columns, console=console, **how) as progress:
+    columns = bar_columns(console)
+    with Progress(
+        *columns, console=console, transient=True, disable=hidden, speed_estimate_period=LOOKS_BACK
+    ) as progress:
         task = progress.add_task(what, total=total)
         yield lambda amount: progress.advance(task, amount)
 
