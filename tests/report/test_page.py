@@ -233,7 +233,7 @@ def test_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nestling.report.run.os.replace", full)
+    monkeypatch.setattr("nestling.runs.write.os.replace", full)
     with pytest.raises(CheckpointError, match="No space left"):
         write_report(folder)
     assert (folder / "report.html").read_bytes() == before

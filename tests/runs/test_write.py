@@ -1,5 +1,8 @@
 """Nothing is ever half written: a write that fails leaves nothing, and what was there stays."""
 
+import os
+import time
+
 import pytest
 
 from nestling.errors import CheckpointError
@@ -35,3 +38,14 @@ def test_a_write_that_fails_keeps_what_was_there(tmp_path):
     write_atomically(tmp_path / "result", lambda path: path.write_text("after"))
     assert (tmp_path / "result").read_text() == "after"
     assert names(tmp_path) == ["result"]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_a_killed_process_left_is_removed_but_not_what_another_writes_now(tmp_path, folder):
+    for number, hours in enumerate([2, 0]):
+        left = tmp_path / f".result.{number}.tmp"
+        left.mkdir() if folder else left.touch()
+        then = time.time() - hours * 3600
+        os.utime(left, (then, then))
+    write_atomically(tmp_path / "result", lambda path: path.write_text("whole"))
+    assert names(tmp_path) == [".result.1.tmp", "result"]

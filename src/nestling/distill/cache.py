@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,7 +27,7 @@ from nestling.anatomy import decoder, logits_head
 from nestling.anatomy.bypass import evaluating
 from nestling.distill.settings import DistillSettings
 from nestling.errors import CheckpointError, NestlingError
-from nestling.runs import held
+from nestling.runs import held, whole
 from nestling.train import MICRO_TOKENS, MICRO_TOKENS_ELSEWHERE, Rows, TopK, collate, rows_of, top_k
 
 MANIFEST = "cache.json"
@@ -75,15 +74,13 @@ class Cache(torch.utils.data.Dataset):
 
     def add(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Write one shard, then say so in the manifest."""
-        beside = self.folder / f".{name}"
-        save_file(tensors, beside)
-        shard = {"rows": len(tensors["input_ids"]), "sha256": _digest(beside)}
-        os.replace(beside, self.folder / name)
+        with whole(self.folder / name) as beside:
+            save_file(tensors, beside)
+            shard = {"rows": len(tensors["input_ids"]), "sha256": _digest(beside)}
         self.shards[name] = shard
         values = {"made_for": self.made_for, "rows": self.rows, "shuffle": self.shuffle, "shards": self.shards}
-        manifest = self.folder / f".{MANIFEST}"
-        manifest.write_text(json.dumps(values, indent=1))
-        os.replace(manifest, self.folder / MANIFEST)
+        with whole(self.folder / MANIFEST) as beside:
+            beside.write_text(json.dumps(values, indent=1))
 
     def __len__(self) -> int:
         return self.rows

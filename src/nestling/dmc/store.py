@@ -7,7 +7,6 @@ keys and values; a sliding window or a state is refused, since transformers keep
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,12 +19,16 @@ from transformers.cache_utils import DynamicLayer
 
 from nestling.dmc.runtime.slots import PAGE, TENSORS, SlotLayer
 from nestling.errors import CheckpointError, NestlingError
+from nestling.runs import whole
 
 PLAIN = ("keys", "values")
 
 
 def save_cache(cache: DynamicCache, path: str | Path) -> Path:
-    """Write a cache; pages that no head uses are left out. Raises `NestlingError` for layers of other kinds."""
+    """Write a cache; pages that no head uses are left out.
+
+    Raises `NestlingError` for layers of other kinds, `CheckpointError` for what the file system refuses.
+    """
     tensors: dict[str, Tensor] = {}
     kinds = []
     for number, layer in enumerate(cast(Any, cache.layers)):
@@ -40,9 +43,8 @@ def save_cache(cache: DynamicCache, path: str | Path) -> Path:
                 tensor = tensor[: int(layer.used)]
             tensors[f"{number}.{name}"] = tensor.contiguous()
     path = Path(path)
-    beside = path.with_name(f".{path.name}.partial")
-    save_file(tensors, beside, metadata={"layers": json.dumps(kinds)})
-    os.replace(beside, path)
+    with whole(path) as beside:
+        save_file(tensors, beside, metadata={"layers": json.dumps(kinds)})
     return path
 
 

@@ -7,7 +7,6 @@ float32, as llama.cpp wants them. The file is written beside its name, read back
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nestling.anatomy.gguf import gguf_of
 from nestling.errors import CheckpointError, NestlingError
+from nestling.runs import whole
 
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 NORMAL, CONTROL, USER, UNUSED = 1, 3, 4, 5  # kinds of tokens in llama.cpp
@@ -40,9 +40,7 @@ def save_gguf(
         import gguf
     except ImportError as error:
         raise CheckpointError('GGUF files need the package gguf: pip install "nestling[gguf]"') from error
-    beside = target.with_name(f".{target.name}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with whole(target, "name another file") as beside:
         writer = gguf.GGUFWriter(beside, kind.name)
         _config(
             writer, model.config, gguf.LlamaFileType[f"{'ALL_' if dtype == 'float32' else 'MOSTLY_'}{TYPES[dtype]}"]
@@ -57,11 +55,6 @@ def save_gguf(
         writer.write_tensors_to_file()
         writer.close()
         _verify(beside, tensors, gguf)
-        os.replace(beside, target)
-    except OSError as error:
-        raise CheckpointError(f"'{target}' cannot be written ({error.strerror or error}): name another file") from error
-    finally:
-        beside.unlink(missing_ok=True)
     return target
 
 

@@ -89,12 +89,6 @@ class Run:
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise CheckpointError(f"'{self.folder}' is not empty and holds no run: name another folder with --out")
         else:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise CheckpointError(
-                    f"'{self.folder}' cannot be made ({error.strerror}): name another with --out"
-                ) from error
             self._hold = hold(self.folder)
             kept = {"verb": self.verb, **plain(self.settings)}
             self.write("run.yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nestling.errors import CheckpointError
+from nestling.runs import whole
 
 SUMMARY, METRICS, SETTINGS = "summary.json", "metrics.jsonl", "run.yaml"
 
@@ -87,14 +87,8 @@ def get(value: Any, *keys: str) -> Any:
 
 def write(path: Path, text: str) -> Path:
     """Put a file in place whole or not at all. Raises `CheckpointError` that says why it could not."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole(path, "free the space or mend the rights") as beside:
         beside.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(beside, path)
-    except OSError as error:
-        raise CheckpointError(f"cannot write '{path}' ({error.strerror}): free the space or mend the rights") from error
-    finally:
-        beside.unlink(missing_ok=True)
     return path
 
 

@@ -3,6 +3,6 @@ files."""
 
 from nestling.runs.hold import Hold, held, hold
 from nestling.runs.same import difference, plain
-from nestling.runs.write import write_atomically
+from nestling.runs.write import whole, write_atomically
 
-__all__ = ["Hold", "difference", "held", "hold", "plain", "write_atomically"]
+__all__ = ["Hold", "difference", "held", "hold", "plain", "whole", "write_atomically"]

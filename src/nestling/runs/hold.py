@@ -32,10 +32,14 @@ _held: weakref.WeakValueDictionary[tuple[int, int], Hold] = weakref.WeakValueDic
 
 
 def hold(folder: Path) -> Hold | None:
-    """Hold a folder against other processes; within this one it is shared. None where folders cannot be locked.
+    """Hold a folder, made if it is missing, against other processes; within this one it is shared.
 
-    Raises `CheckpointError` when another process holds it.
+    None where folders cannot be locked. Raises `CheckpointError` when another process holds it or it cannot be made.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"the folder '{folder}' cannot be made ({error.strerror}): name another") from error
     if fcntl is None:
         return None
     handle = os.open(folder, os.O_RDONLY)
@@ -67,16 +71,8 @@ def held(folder: str | Path | None) -> Iterator[None]:
     """
     found: list[Hold | None] = []
     if folder is not None:
-        processes.first(lambda: found.append(_made(Path(folder))))
+        processes.first(lambda: found.append(hold(Path(folder))))
     try:
         yield
     finally:
         found.clear()
-
-
-def _made(folder: Path) -> Hold | None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"the folder '{folder}' cannot be made ({error.strerror}): name another") from error
-    return hold(folder)

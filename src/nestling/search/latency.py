@@ -14,7 +14,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -28,6 +27,7 @@ from nestling import processes
 from nestling.anatomy import Anatomy
 from nestling.errors import CheckpointError
 from nestling.hub.builtin import cache
+from nestling.runs import whole
 from nestling.search.parts import Part, Sizes, Work, parts
 from nestling.search.timing import Sample, measure
 from nestling.shape import Form
@@ -165,15 +165,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, found: Table) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     rows = {name: [asdict(sample) for sample in samples] for name, samples in found.samples.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path, "set NESTLING_CACHE to another folder") as beside:
         beside.write_text(json.dumps({"work": asdict(found.work), "samples": rows}))
-        os.replace(beside, path)
-    except OSError as error:
-        raise CheckpointError(
-            f"the latency table '{path}' cannot be written ({error.strerror}): set NESTLING_CACHE to another folder"
-        ) from error
-    finally:
-        beside.unlink(missing_ok=True)

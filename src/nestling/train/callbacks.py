@@ -27,6 +27,8 @@ from rich.progress import (
 )
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from nestling.runs import whole
+
 METRICS = "metrics.jsonl"
 SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal to draw a bar on
 NARROW = 90  # columns of a terminal below which a progress bar says less
@@ -49,9 +51,8 @@ class MetricsLog(TrainerCallback):
         if not state.is_world_process_zero:
             return
         kept = [record for record in _records(self.path) if record["step"] <= state.global_step]
-        beside = self.path.with_name(f".{self.path.name}")
-        beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(beside, self.path)
+        with whole(self.path) as beside:
+            beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._started = time.monotonic() - (kept[-1].get("elapsed_s", 0.0) if kept else 0.0)
 
     def on_log(

@@ -22,7 +22,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from nestling.errors import CheckpointError
-from nestling.runs import difference, plain
+from nestling.runs import difference, plain, whole
 
 SEAL = "complete.json"
 PREFIX = "checkpoint-"
@@ -100,10 +100,9 @@ def _write_seal(checkpoint: Path, making: Making) -> None:
         _flush(path)
     sizes = {name: path.stat().st_size for name, path in files.items()}
     text = json.dumps({"run": making.kept(), "files": sizes}, indent=1)
-    beside = checkpoint / f".{SEAL}"
-    beside.write_text(text)
-    _flush(beside)
-    os.replace(beside, checkpoint / SEAL)
+    with whole(checkpoint / SEAL) as beside:
+        beside.write_text(text)
+        _flush(beside)
 
 
 def _seal(checkpoint: Path) -> dict[str, Any] | None:
