@@ -2,8 +2,9 @@
 
 An eviction policy is a function from what attention has seen to a score per token; when a head holds more than its
 budget, the token with the least score is dropped for good. Softmax runs over what is held, so later scores feel earlier
-drops, as they would in use. `pooled` is the start of GQA up-training: the key and value heads of a group become their
-mean (arXiv 2305.13245).
+drops, as they would in use. Criteria that were published for a prompt that is cut once (SnapKV, Expected Attention) are
+asked after every token here, by their published formulas. `pooled` is the start of GQA up-training: the key and value
+heads of a group become their mean (arXiv 2305.13245).
 """
 
 from __future__ import annotations
@@ -14,17 +15,35 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+WINDOW = 16  # newest queries that SnapKV asks
+SMOOTH = 5  # neighbours over which it takes the mean
+SINKS = 4  # first tokens that StreamingLLM and Expected Attention keep
+FUTURE = 512  # positions over which Expected Attention takes the mean
 
 
 @dataclass
 class Seen:
-    """What a policy may look at after token t. weights: attention of token t `[batch, heads, seq]`; sums: of all tokens
-    so far. t, budget: numbers."""
+    """What a policy may look at after token t, all of the tokens so far (seq).
+
+    weights: attention of token t `[batch, heads, seq]`, mean over a group's queries; sums: of all tokens so far;
+    recent: of the newest `WINDOW` tokens, in any order `[batch, heads, WINDOW, seq]`. held: which tokens are left.
+    keys, values: `[batch, heads, seq, dim]`, keys rotated. queries: not rotated `[batch, heads, group, seq, dim]`.
+    ahead: the mean rotation of the next `FUTURE` positions `[dim, dim]`, for row vectors. t, budget: numbers.
+    """
 
     weights: Tensor
     sums: Tensor
+    recent: Tensor
+    held: Tensor
+    keys: Tensor
+    values: Tensor
+    queries: Tensor
+    ahead: Tensor
     t: int
     budget: int
 
@@ -59,8 +78,39 @@ def tova(seen: Seen) -> Tensor:
 def streaming(seen: Seen) -> Tensor:
     """Four first tokens and a window (arXiv 2309.17453)."""
     age = torch.arange(seen.weights.shape[-1], dtype=seen.weights.dtype).expand_as(seen.weights).clone()
-    age[..., :4] = torch.inf
+    age[..., :SINKS] = torch.inf
     return age
+
+
+@policy("snapkv")
+def snapkv(seen: Seen) -> Tensor:
+    """Attention of the newest queries, smoothed over neighbours; those tokens themselves stay (arXiv 2404.14469)."""
+    smooth = F.avg_pool1d(seen.recent.mean(2), SMOOTH, stride=1, padding=SMOOTH // 2)
+    return smooth.index_fill(-1, _newest(seen, WINDOW), torch.inf)
+
+
+@policy("keydiff")
+def keydiff(seen: Seen) -> Tensor:
+    """Keys that are least like the mean direction of those that are held stay (arXiv 2504.15364)."""
+    directions = F.normalize(seen.keys, dim=-1)
+    held = seen.held.unsqueeze(-1).to(directions.dtype)
+    anchor = (directions * held).sum(2, keepdim=True) / held.sum(2, keepdim=True)
+    return -F.cosine_similarity(seen.keys, anchor, dim=-1)
+
+
+@policy("expected")
+def expected(seen: Seen) -> Tensor:
+    """Attention that normally distributed queries of the next positions would give, times the value's norm; the first
+    tokens stay (Expected Attention, arXiv 2510.00636)."""
+    dim = seen.keys.shape[-1]
+    queries = seen.queries[..., SINKS:, :]
+    mean = queries.mean(-2, keepdim=True)
+    spread = (queries - mean).mT @ (queries - mean) / queries.shape[-2]
+    mean, spread = mean @ seen.ahead, seen.ahead.mT @ spread @ seen.ahead
+    keys = seen.keys.unsqueeze(2)
+    scores = (keys * mean).sum(-1) / dim**0.5 + ((keys @ spread) * keys).sum(-1) / (2 * dim)
+    weights = scores.masked_fill(~seen.held.unsqueeze(2), -torch.inf).softmax(-1).mean(2)
+    return (weights * seen.values.norm(dim=-1)).index_fill(-1, torch.arange(SINKS), torch.inf)
 
 
 def _newest(seen: Seen, count: int) -> Tensor:
@@ -69,12 +119,13 @@ def _newest(seen: Seen, count: int) -> Tensor:
 
 @contextmanager
 def evicting(model: PreTrainedModel, name: str, budget: int) -> Iterator[None]:
-    """Within this context every head of the model holds `budget` tokens at most."""
+    """Within this context every head of a Llama holds `budget` tokens at most."""
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
     ) -> tuple[Tensor, None]:
-        return stream(query, key, value, scaling, POLICIES[name], budget), None
+        turns = rotations(model, query.shape[2] + FUTURE).to(query.dtype)
+        return stream(query, key, value, scaling, POLICIES[name], budget, turns), None
 
     AttentionInterface.register("evicting", attention)
     before = model.config._attn_implementation
@@ -85,12 +136,28 @@ def evicting(model: PreTrainedModel, name: str, budget: int) -> Iterator[None]:
         model.config._attn_implementation = before
 
 
-def stream(query: Tensor, key: Tensor, value: Tensor, scaling: float, policy: Policy, budget: int) -> Tensor:
-    """Attention token by token `[batch, seq, query heads, dim]`, dropping what the policy gives up."""
+def rotations(model: PreTrainedModel, count: int) -> Tensor:
+    """What turns a row vector to each of the first positions `[count, dim, dim]`."""
+    rotary: Any = model.get_submodule("model.rotary_emb")
+    cos, sin = rotary(torch.zeros(1), torch.arange(count).unsqueeze(0))
+    axes = torch.eye(cos.shape[-1]).expand(1, count, -1, -1).transpose(1, 2)  # one "head" for each channel
+    return apply_rotary_pos_emb(axes, axes, cos, sin)[0][0].transpose(0, 1)
+
+
+def stream(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, policy: Policy, budget: int, turns: Tensor
+) -> Tensor:
+    """Attention token by token `[batch, seq, query heads, dim]`, dropping what the policy gives up.
+
+    turns: rotation of every position and of `FUTURE` more `[seq + FUTURE, dim, dim]`, for row vectors.
+    """
     batch, heads, seq, dim = key.shape
     query = query.view(batch, heads, -1, seq, dim)
+    flat = (query.unsqueeze(-2) @ turns[:seq].mT).squeeze(-2)
+    until = F.pad(turns, (0, 0, 0, 0, 1, 0)).cumsum(0)
     held = torch.zeros(batch, heads, seq, dtype=torch.bool)
     sums = torch.zeros(batch, heads, seq, dtype=key.dtype)
+    recent = torch.zeros(batch, heads, WINDOW, seq, dtype=key.dtype)
     out = torch.empty_like(query)
     for t in range(seq):
         held[..., t] = True
@@ -99,9 +166,13 @@ def stream(query: Tensor, key: Tensor, value: Tensor, scaling: float, policy: Po
         out[..., t, :] = weights @ value[..., : t + 1, :]
         of_head = weights.mean(2)
         sums[..., : t + 1] += of_head
+        recent[:, :, t % WINDOW, : t + 1] = of_head
         if t + 1 > budget:
-            seen = Seen(of_head, sums[..., : t + 1], t, budget)
-            least = policy(seen).masked_fill(~held[..., : t + 1], torch.inf)
+            parts = (states[..., : t + 1] for states in (sums, recent, held))
+            states = key[..., : t + 1, :], value[..., : t + 1, :], flat[..., : t + 1, :]
+            ahead = (until[t + 1 + FUTURE] - until[t + 1]) / FUTURE
+            least = policy(Seen(of_head, *parts, *states, ahead, t, budget))
+            least = least.masked_fill(~held[..., : t + 1], torch.inf)
             least[..., t] = torch.inf  # the newest token stays
             held.scatter_(-1, least.argmin(-1, keepdim=True), False)
     return out.flatten(1, 2).transpose(1, 2)

@@ -1,23 +1,20 @@
 """Loss and far recall at equal memory: compressed caches against more training, fewer heads and eviction.
 
 Every arm starts from the same `parent` and gets the same rows of `corpus`: `vanilla+` goes on as it is; `dmc` learns to
-merge at the ratio, `shared` decides once per layer, `dms` drops tokens behind a window of 16, `gqa` starts from pooled
-heads; `no-free`, `jump` and `taught` are `dmc` without its first stage, with the whole ratio asked for at once, and
-with the parent's distributions in place of the data. Eviction (H2O, TOVA, StreamingLLM) is applied to `vanilla+`, which
-costs it nothing in training. All are scored on held-out rows, caches with the decisions of decoding, at equal slots at
-the end of a row. Several `--tokens` show the trend.
+merge at the ratio, `shared` decides once per layer (DMC-C), `dms` drops tokens behind a window of 16, `gqa` starts from
+pooled heads. Ablations of `dmc`: `no-free` is without its first stage, `jump` has the whole ratio asked for at once,
+`uniform` gives all tokens of a slot the same weight, `taught` has the parent's distributions in place of the data.
+Eviction (`baselines`) is applied to `vanilla+`, which costs it nothing in training. All are scored on held-out rows,
+caches with the decisions of decoding, at equal slots at the end of a row. Several `--tokens` show the trend.
 
     python -m benchmarks.dmc.quality [--seeds 0 1] [--arms vanilla+ dmc ...] [--ratios 4] [--tokens N] [--work DIR]
 
-Models and scores are kept in `--work`, an interrupted training goes on, and the result is written after every arm.
+Models are kept in `--work`, an interrupted training goes on, and every row is kept as soon as it is there.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -27,28 +24,29 @@ import torch.nn.functional as F
 from benchmarks.dmc.baselines import POLICIES, evicting, pooled
 from benchmarks.dmc.corpus import CONTEXT, TEXT, held_out
 from benchmarks.dmc.parent import HEADS, HOW, TOKENS, parent, rows
-from benchmarks.record import PACKAGES, claim, commit
-from rich.console import Console
-from rich.table import Table
+from benchmarks.record import Record, Row, claim, show
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from nestling import dmc
+from nestling import Anatomy, dmc
+from nestling.anatomy.attention import last_channel, sites
 from nestling.train import CausalLM, TrainSettings, fit
 
-RESULT = Path(__file__).parents[1] / "results/dmc/quality.json"
 RATIO = 4
 RATE = 1e-3
+RETROFIT = 600_000  # tokens of an arm
 PARTS = {"free_part": 0.05, "settle_part": 0.4}
-ARMS: dict[str, dict[str, Any] | None] = {  # settings of a retrofit; None for arms without one
-    "vanilla+": None,
+ARMS: dict[str, dict[str, Any]] = {  # settings of a retrofit
     "dmc": {},
     "dms": {"method": "dms", "window": 16},
-    "gqa": None,
     "shared": {"shared": True},
     "taught": {"kd_weight": 1.0, "ce_weight": 0.0},
     "no-free": {"free_part": 0.0},
     "jump": {"settle_part": 0.94},
+    "uniform": {},
 }
+OTHERS = ("vanilla+", "gqa", *POLICIES)
+ABLATIONS = ("shared", "taught", "no-free", "jump", "uniform")
 ROWS = 96  # held out
 LEARNT = 0.2  # recall of vanilla+ below which recall says nothing: it has not been learnt
 
@@ -56,33 +54,36 @@ LEARNT = 0.2  # recall of vanilla+ below which recall says nothing: it has not b
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["vanilla+", "dmc", "dms", "gqa"])
+    parser.add_argument("--arms", nargs="+", choices=[*OTHERS, *ARMS], default=[*OTHERS, "dmc", "dms"])
     parser.add_argument("--ratios", type=int, nargs="+", default=[RATIO])
     parser.add_argument("--parent-tokens", type=int, default=TOKENS)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1_000_000], help="of each arm")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[RETROFIT], help="of each arm")
     parser.add_argument("--work", type=Path, default=Path("runs/dmc-quality"))
     chosen = parser.parse_args()
-    folder = parent(chosen.work, chosen.parent_tokens)
-    found = [{"arm": "parent", "ratio": 1.0, "seed": 0, "tokens": 0} | kept_score(folder)]
+    start, record = parent(chosen.work, chosen.parent_tokens), Record("dmc", "quality")
+    record.row({"arm": "parent", "ratio": 1.0, "seed": 0, "tokens": 0}, lambda: score(start))
     for seed in chosen.seeds:
         for tokens in chosen.tokens:
-            for row in run(folder, tokens, seed, chosen):
-                found.append(row)
-                write(found, chosen)
-    show(found)
+            for arm in chosen.arms:
+                for ratio in (1,) if arm == "vanilla+" else chosen.ratios:
+                    compute(record, start, arm, ratio, tokens, seed)
+                    record.save(claims(record))
+    show(record.rows, ["arm", "ratio", "tokens"], ["measured", "loss", "recall"])
 
 
-def run(start: Path, tokens: int, seed: int, chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of all arms of one seed, each as soon as it is there; eviction comes with `vanilla+`."""
-    for arm in chosen.arms:
-        for ratio in (1,) if arm == "vanilla+" else chosen.ratios:
-            folder = chosen.work / f"{start.name}-{arm}-{ratio}-{tokens}-s{seed}"
-            train_arm(start, folder, arm, ratio, tokens, seed)
-            about = {"seed": seed, "tokens": tokens}
-            yield {"arm": arm, "ratio": float(ratio)} | about | kept_score(folder)
-            for policy in POLICIES if arm == "vanilla+" else ():
-                for cut in chosen.ratios:
-                    yield {"arm": policy, "ratio": float(cut)} | about | kept_score(folder, policy, CONTEXT // cut)
+def compute(record: Record, start: Path, arm: str, ratio: int, tokens: int, seed: int) -> None:
+    """The row of one arm, unless it is there or there are too few heads to pool."""
+    if arm == "gqa" and HEADS % ratio:
+        print(f"gqa: {HEADS} heads cannot be pooled {ratio} to one")
+        return
+    model, cut = ("vanilla+", 1) if arm in POLICIES else (arm, ratio)
+    folder = start.parent / f"{start.name}-{model}-{cut}-{tokens}-s{seed}"
+
+    def make() -> Row:
+        train_arm(start, folder, model, cut, tokens, seed)
+        return score(folder, *(arm, CONTEXT // ratio) if arm in POLICIES else ())
+
+    record.row({"arm": arm, "ratio": float(ratio), "seed": seed, "tokens": tokens}, make)
 
 
 def train_arm(start: Path, folder: Path, arm: str, ratio: int, tokens: int, seed: int) -> None:
@@ -91,26 +92,33 @@ def train_arm(start: Path, folder: Path, arm: str, ratio: int, tokens: int, seed
         return
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
     common = HOW | {"tokens": tokens, "seed": seed, "learning_rate": RATE, "save_every": 50}
-    data, settings = rows(tokens, seed + 1), ARMS[arm]
-    if settings is not None:
+    data = rows(tokens, seed + 1)
+    if arm in ARMS:
+        if arm == "uniform":
+            weigh_alike(model)
         plain = {"kd_weight": 0.0, "ce_weight": 1.0} | PARTS
-        dmc.retrofit(model, data, run_dir=folder, ratio=ratio, **(common | plain | settings))
+        dmc.retrofit(model, data, run_dir=folder, ratio=ratio, **(common | plain | ARMS[arm]))
     else:
         model = pooled(model, HEADS // ratio) if arm == "gqa" else model
         fit(CausalLM(model), data, None, TrainSettings(**common), run_dir=folder)
     model.save_pretrained(folder)
 
 
-def kept_score(folder: Path, policy: str | None = None, budget: int = 0) -> dict[str, float]:
-    """`score`, read from the folder if it was taken before."""
-    path = folder / (f"score-{policy}-{budget}.json" if policy else "score.json")
-    if not path.exists():
-        path.write_text(json.dumps(score(folder, policy, budget)))
-    return json.loads(path.read_text())
+def weigh_alike(model: PreTrainedModel) -> None:
+    """Keep the rows that write weights from learning: once the channel has been freed, every weight is the same."""
+    anatomy, tensors = Anatomy.of(model), model.state_dict(keep_vars=True)
+    for site in sites(anatomy):
+        for name, found in last_channel(anatomy, site).items():
+            if f".{site.declared.query[0]}." in name:
+
+                def still(gradient: Tensor, found: Tensor = found) -> Tensor:
+                    return gradient.index_fill(0, found, 0)
+
+                tensors[name].register_hook(still)
 
 
 @torch.no_grad()
-def score(folder: Path, policy: str | None = None, budget: int = 0) -> dict[str, float]:
+def score(folder: Path, policy: str | None = None, budget: int = 0) -> Row:
     """Nats per token of text, share of facts recalled, and the measured ratio, on held-out rows."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids, recalled = held_out(ROWS)
@@ -131,50 +139,41 @@ def score(folder: Path, policy: str | None = None, budget: int = 0) -> dict[str,
     return found
 
 
-def write(found: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
-    """Record what there is so far."""
-    lists = {name: " ".join(map(str, getattr(chosen, name))) for name in ("seeds", "arms", "ratios", "tokens")}
-    words = f"--parent-tokens {chosen.parent_tokens} " + " ".join(f"--{name} {what}" for name, what in lists.items())
-    recorded = {
-        "command": f"python -m benchmarks.dmc.quality {words}",
-        "seeds": chosen.seeds,
-        "commit": commit(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "rows": found,
-        "claims": claims(found, max(chosen.tokens)),
-    }
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(recorded, indent=1) + "\n")
-
-
-def claims(found: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
-    """Of the seeds whose arms are all there: loss of a cache over that of vanilla+, and its lead in recall."""
-    value = {(r["arm"], r["ratio"], r["seed"]): r for r in found if r["tokens"] == tokens}
-    what = f"ratio {RATIO}, small Llama trained here, {tokens:,} tokens of retrofit"
-    text = "held-out loss of text, over that of the model without a compressed cache after the same further training"
-    pairs = "share of facts recalled, minus the best of H2O, TOVA, StreamingLLM at as many slots"
-    made = {}
-    for arm, ending in (("dmc", ""), ("dms", "_dms")):
-        seeds = sorted(s for a, ratio, s in value if (a, ratio) == (arm, RATIO) and ("streaming", RATIO, s) in value)
-        if not seeds:
-            continue
-        own, plain = ([value[a, r, s] for s in seeds] for a, r in ((arm, RATIO), ("vanilla+", 1)))
-        losses = [a["loss"] / b["loss"] for a, b in zip(own, plain, strict=True)]
-        made[f"loss_ratio_4x{ending}"] = claim(losses, seeds, f"{arm}: {text}; {what}", "x")
-        best = [max(value[policy, RATIO, s]["recall"] for policy in POLICIES) for s in seeds]
-        leads = [a["recall"] - b for a, b in zip(own, best, strict=True)]
-        if mean(row["recall"] for row in plain) > LEARNT:
-            made[f"recall_4x_vs_best_eviction{ending}"] = claim(leads, seeds, f"{arm}: {pairs}; {what}", "share")
+def claims(record: Record) -> dict[str, Row]:
+    """Of the seeds whose arms are all there: a cache's loss over that of vanilla+, its lead in recall, and by how much
+    an ablation of `dmc` has more loss."""
+    value = {(r["arm"], r["ratio"], r["seed"]): r for r in record.rows if r["tokens"] == RETROFIT}
+    made: dict[str, Row] = {}
+    for ratio in sorted({ratio for _, ratio, _ in value if ratio > 1}):
+        what = f"ratio {ratio:g}, small Llama trained here, {RETROFIT:,} tokens of retrofit"
+        for arm, ending in (("dmc", ""), ("dms", "_dms"), ("shared", "_shared"), ("gqa", "_gqa")):
+            made |= _against_vanilla(value, arm, ratio, f"{ratio:g}x", ending, what)
+    for arm in ABLATIONS:
+        seeds = [s for a, ratio, s in value if (a, ratio) == (arm, RATIO) and ("dmc", RATIO, s) in value]
+        gaps = [value[arm, RATIO, s]["loss"] - value["dmc", RATIO, s]["loss"] for s in seeds]
+        if seeds:
+            how = f"held-out loss of `{arm}` minus that of dmc, same tokens and ratio {RATIO}"
+            made[f"loss_gap_{arm}"] = claim(gaps, seeds, how, "nats")
     return made
 
 
-def show(found: list[dict[str, Any]]) -> None:
-    table = Table("arm", "ratio", "measured", "tokens", "seed", "loss", "recall", title="equal memory", box=None)
-    for row in found:
-        measured = f"{row['measured']:.2f}" if "measured" in row else "-"
-        figures = (f"{row['ratio']:g}", measured, f"{row['tokens']:,}", str(row["seed"]))
-        table.add_row(row["arm"], *figures, f"{row['loss']:.4f}", f"{row['recall']:.3f}")
-    Console().print(table)
+def _against_vanilla(
+    value: dict[tuple[str, float, int], Row], arm: str, ratio: float, name: str, ending: str, what: str
+) -> dict[str, Row]:
+    text = "held-out loss of text, over that of the model without a compressed cache after the same further training"
+    facts = f"share of facts recalled, minus the best of {', '.join(POLICIES)} at as many slots"
+    seeds = sorted(s for a, r, s in value if (a, r) == (arm, ratio) and ("vanilla+", 1, s) in value)
+    if not seeds:
+        return {}
+    own, plain = ([value[a, r, s] for s in seeds] for a, r in ((arm, ratio), ("vanilla+", 1)))
+    losses = [a["loss"] / b["loss"] for a, b in zip(own, plain, strict=True)]
+    made = {f"loss_ratio_{name}{ending}": claim(losses, seeds, f"{arm}: {text}; {what}", "x")}
+    seeds = [s for s in seeds if all((policy, ratio, s) in value for policy in POLICIES)]
+    if seeds and mean(row["recall"] for row in plain) > LEARNT:
+        best = [max(value[policy, ratio, s]["recall"] for policy in POLICIES) for s in seeds]
+        leads = [value[arm, ratio, s]["recall"] - b for s, b in zip(seeds, best, strict=True)]
+        made[f"recall_{name}_vs_best_eviction{ending}"] = claim(leads, seeds, f"{arm}: {facts}; {what}", "share")
+    return made
 
 
 if __name__ == "__main__":
