@@ -32,8 +32,9 @@ class Seen:
 
     weights: attention of token t `[batch, heads, seq]`, mean over a group's queries; sums: of all tokens so far;
     recent: of the newest `WINDOW` tokens, in any order `[batch, heads, WINDOW, seq]`. held: which tokens are left.
-    keys, values: `[batch, heads, seq, dim]`, keys rotated. queries: not rotated `[batch, heads, group, seq, dim]`.
-    ahead: the mean rotation of the next `FUTURE` positions `[dim, dim]`, for row vectors. t, budget: numbers.
+    keys, values: `[batch, heads, seq, dim]`, keys rotated. mean, second: first and second moments of the queries, not
+    rotated and without the first ones `[batch, heads, group, 1 or dim, dim]`. ahead: the mean rotation of the next
+    `FUTURE` positions `[dim, dim]`, for row vectors. t, budget: numbers.
     """
 
     weights: Tensor
@@ -42,7 +43,8 @@ class Seen:
     held: Tensor
     keys: Tensor
     values: Tensor
-    queries: Tensor
+    mean: Tensor
+    second: Tensor
     ahead: Tensor
     t: int
     budget: int
@@ -103,10 +105,8 @@ def expected(seen: Seen) -> Tensor:
     """Attention that normally distributed queries of the next positions would give, times the value's norm; the first
     tokens stay (Expected Attention, arXiv 2510.00636)."""
     dim = seen.keys.shape[-1]
-    queries = seen.queries[..., SINKS:, :]
-    mean = queries.mean(-2, keepdim=True)
-    spread = (queries - mean).mT @ (queries - mean) / queries.shape[-2]
-    mean, spread = mean @ seen.ahead, seen.ahead.mT @ spread @ seen.ahead
+    spread = seen.ahead.mT @ (seen.second - seen.mean.mT @ seen.mean) @ seen.ahead
+    mean = seen.mean @ seen.ahead
     keys = seen.keys.unsqueeze(2)
     scores = (keys * mean).sum(-1) / dim**0.5 + ((keys @ spread) * keys).sum(-1) / (2 * dim)
     weights = scores.masked_fill(~seen.held.unsqueeze(2), -torch.inf).softmax(-1).mean(2)
@@ -155,6 +155,7 @@ def stream(
     query = query.view(batch, heads, -1, seq, dim)
     flat = (query.unsqueeze(-2) @ turns[:seq].mT).squeeze(-2)
     until = F.pad(turns, (0, 0, 0, 0, 1, 0)).cumsum(0)
+    first, second = torch.zeros_like(flat[..., :1, :]), flat.new_zeros(*flat.shape[:3], dim, dim)
     held = torch.zeros(batch, heads, seq, dtype=torch.bool)
     sums = torch.zeros(batch, heads, seq, dtype=key.dtype)
     recent = torch.zeros(batch, heads, WINDOW, seq, dtype=key.dtype)
@@ -167,11 +168,16 @@ def stream(
         of_head = weights.mean(2)
         sums[..., : t + 1] += of_head
         recent[:, :, t % WINDOW, : t + 1] = of_head
+        if t >= SINKS:
+            last = flat[..., t : t + 1, :]
+            first, second = first + last, second + last.mT @ last
         if t + 1 > budget:
             parts = (states[..., : t + 1] for states in (sums, recent, held))
-            states = key[..., : t + 1, :], value[..., : t + 1, :], flat[..., : t + 1, :]
+            moments = (moment / max(1, t + 1 - SINKS) for moment in (first, second))
             ahead = (until[t + 1 + FUTURE] - until[t + 1]) / FUTURE
-            least = policy(Seen(of_head, *parts, *states, ahead, t, budget))
+            least = policy(
+                Seen(of_head, *parts, key[..., : t + 1, :], value[..., : t + 1, :], *moments, ahead, t, budget)
+            )
             least = least.masked_fill(~held[..., : t + 1], torch.inf)
             least[..., t] = torch.inf  # the newest token stays
             held.scatter_(-1, least.argmin(-1, keepdim=True), False)

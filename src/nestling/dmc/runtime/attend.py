@@ -22,8 +22,8 @@ from .drop import prefill as prefill_dropping
 from .gates import Gates, forced, logits, relaxed, wide
 from .heads import Decisions, Heads, Text
 from .kernel import COMPILED, usable
-from .plain import PLAIN
 from .pool import running_sums
+from .ragged import step_for
 from .slots import SlotLayer
 
 QUERIES = 256  # of a prefill at once
@@ -171,9 +171,9 @@ def _store(
 
 
 def decode(heads: Heads, gates: Gates, text: Text, slots: SlotLayer) -> Tensor:
-    """One token per sequence, by compiled loops or, where they do not serve, by whole tensors."""
+    """One token per sequence, by compiled loops or, where they do not serve, by what there is for the device."""
     token = (heads.query[..., 0, :], heads.key[:, :, 0], heads.value[:, :, 0])
-    step = COMPILED if usable(heads.key, slots.keys) else PLAIN
+    step = COMPILED if usable(heads.key, slots.keys) else step_for(slots.keys)
     take = step.absorb if gates.method == "dmc" else step.admit
     real = text.valid[:, 0]
     query, key, value = take(*token, slots, (real, text.ends[:, 0]), gates)

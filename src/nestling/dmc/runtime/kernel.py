@@ -1,7 +1,7 @@
 """A decoding step over heads of different length, and the recurrence of `pool`, by compiled loops on a CPU.
 
 The loops are in `loops`, the threads that run them in `team`. Without numba, or for other devices and dtypes, `usable`
-is False and callers take the torch path (`plain`), which computes the same.
+is False and callers take what `ragged` has for the device, which computes the same.
 """
 
 from __future__ import annotations

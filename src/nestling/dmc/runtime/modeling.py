@@ -43,6 +43,7 @@ NAMES = (
     "pool",
     "slots",
     "plain",
+    "ragged",
     "drop",
     "attend",
     "modeling",

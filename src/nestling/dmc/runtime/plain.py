@@ -67,13 +67,18 @@ def attend(
     query: Tensor, top: tuple[Tensor, Tensor], real: Tensor, slots: SlotLayer, keep: float, scaling: float
 ) -> Tensor:
     """See `kernel.attend`."""
+    query = store(query, top, real, slots, keep)
+    keys, values, held = slots.padded()
+    held = held | (slots.length == 0).unsqueeze(-1)  # only padding so far: any finite answer will do
+    return scaled_dot_product_attention(query, keys, values, attn_mask=held.unsqueeze(2), scale=scaling)
+
+
+def store(query: Tensor, top: tuple[Tensor, Tensor], real: Tensor, slots: SlotLayer, keep: float) -> Tensor:
+    """Put key and value of each head's top slot in their place; the query as it takes part in scores."""
     row, head = torch.nonzero(real.unsqueeze(1).expand_as(slots.length), as_tuple=True)
     key, value = without_channel(top[0], keep), top[1]
     slots.write(row, head, slots.length[row, head] - 1, key[row, head], value[row, head])
-    keys, values, held = slots.padded()
-    held = held | (slots.length == 0).unsqueeze(-1)  # only padding so far: any finite answer will do
-    query = without_channel(query, keep).to(keys.dtype)
-    return scaled_dot_product_attention(query, keys, values, attn_mask=held.unsqueeze(2), scale=scaling)
+    return without_channel(query, keep).to(slots.keys.dtype)
 
 
 PLAIN = Step(absorb, admit, attend)
