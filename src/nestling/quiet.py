@@ -1,12 +1,12 @@
-"""Transformers without its bars and tables, and its auto classes with a type: what the loaders here share."""
+"""Transformers without its bars and tables, its auto classes with a type, and its names in files."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 
@@ -28,3 +28,12 @@ def model_class_name(config: PreTrainedConfig) -> str | None:
     """The name of the causal language model class for a config, or `None` when there is none."""
     found: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     return found.__name__ if found is not None else None
+
+
+def saved_as_published(model: PreTrainedModel) -> None:
+    """Let a model that was made from tensors in memory be saved under the names that its type has on the hub.
+
+    transformers keeps inside a model other names than in its files (all experts of a layer in one tensor), and saves a
+    model as it was read: one that was read from memory it would save as it is inside, which other programs cannot read.
+    """
+    cast(Any, model)._weight_conversions = None

@@ -184,7 +184,7 @@ def _cut_depth(anatomy: Anatomy, config: PreTrainedConfig, form: Form) -> None:
         setattr(config, field, [new for new, layer in enumerate(form.layers) if block in anatomy.blocks(layer)])
     for field in anatomy.architecture.layer_thresholds:
         limit = getattr(config, field, None)
-        if limit is not None:
+        if limit is not None and limit < anatomy.num_layers:
             setattr(config, field, min(limit, sum(layer < limit for layer in form.layers)) or 0)
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from nestling.anatomy import Anatomy
@@ -93,6 +94,17 @@ def test_child_saves_loads_and_generates_with_its_cache(variant, which, tmp_path
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     cached = loaded.generate(IDS[:1], use_cache=True, **settings)
     assert torch.equal(cached, loaded.generate(IDS[:1], use_cache=False, **settings))
+
+
+@pytest.mark.parametrize("variant", ["llama", "mixtral", "qwen3_moe", "nemotron_h"])
+def test_a_child_is_saved_under_the_names_that_its_type_has_on_the_hub(variant, tmp_path):
+    """A mixture's experts one by one, not as transformers keeps them inside: other programs read these names alone."""
+    model = tiny(variant)
+    model.save_pretrained(tmp_path / "parent")
+    prune(model, random_ranking(model), {"hidden_size": 36}).save_pretrained(tmp_path / "child")
+    names = [set(safe_open(tmp_path / f"{who}/model.safetensors", "pt").keys()) for who in ("parent", "child")]
+    assert names[0] == names[1]
+    assert (names[0] == set(model.state_dict())) == (variant == "llama")  # negative control: inside they are others
 
 
 def test_a_child_can_be_cut_again():

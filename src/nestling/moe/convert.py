@@ -22,7 +22,7 @@ from nestling.anatomy.notation import Choice, kept_elements, take
 from nestling.errors import NestlingError, ShapeError, UnsupportedArchitecture
 from nestling.experts import use_fast_experts
 from nestling.moe.ffn import expert_axis, shared_letter, taken, width_axis, written
-from nestling.quiet import quiet
+from nestling.quiet import quiet, saved_as_published
 from nestling.surgery.cut import class_for
 
 MODES = ("exact", "paper")
@@ -252,5 +252,6 @@ def built(like: PreTrainedModel, config: PreTrainedConfig, weights: Mapping[str,
             dtype=like.dtype,
             attn_implementation=like.config._attn_implementation,
         )
+    saved_as_published(made)
     made.generation_config = copy.deepcopy(like.generation_config)
     return use_fast_experts(cast(Any, made).to(like.device).train(like.training))

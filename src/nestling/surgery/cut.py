@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from nestling.anatomy import Anatomy, TensorSpec
 from nestling.anatomy.notation import Dimension, take
 from nestling.experts import use_fast_experts
-from nestling.quiet import quiet
+from nestling.quiet import quiet, saved_as_published
 from nestling.ranking.ranking import Ranking
 from nestling.shape import child_config
 from nestling.surgery.choose import Selection, choose
@@ -108,6 +108,7 @@ def assemble(parent: PreTrainedModel, selection: Selection, weights: dict[str, T
             dtype=parent.dtype,
             attn_implementation=parent.config._attn_implementation,
         )
+    saved_as_published(child)
     if child._can_set_experts_implementation():
         child.set_experts_implementation(parent.config._experts_implementation)
         use_fast_experts(child)
