@@ -10,7 +10,7 @@ from transformers import Trainer, modeling_utils
 from nestling import evaluate
 from nestling.cli import main
 from nestling.ranking import ranking
-from nestling.recipes import child, compress, shapes
+from nestling.recipes import child, shapes, summary
 from tests.cli.workplace import JOB, brief, files, original, place
 
 __all__ = ["brief", "original", "place"]
@@ -44,8 +44,8 @@ def test_a_job_that_is_stopped_at_every_stage_ends_with_the_same_model(place, br
         (child.Parent, "scores"),
         (evaluate, "speed"),
         (child.Parent, "samples"),
-        (child, "summarize"),
-        (compress, "write_report"),
+        (summary, "summarize"),
+        (summary, "write_report"),
     ]
     for holder, name in stages:
         with monkeypatch.context() as patch:

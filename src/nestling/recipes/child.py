@@ -29,7 +29,6 @@ from nestling.recipes.run import KeptFigures, Run
 from nestling.recipes.settings import ShapeSettings, at_least, check_metrics, listed
 from nestling.recipes.shapes import Ground, Target
 from nestling.recipes.source import Source, in_batches
-from nestling.recipes.summary import summarize
 from nestling.search import Candidate, Trial, token_loss
 from nestling.shape import Shape
 from nestling.surgery import prune
@@ -291,12 +290,6 @@ class Child:
         speed = run.values("speed.json", lambda: {k: asdict(v) for k, v in evaluate.speed(pair).items()})
         samples = run.values("samples.json", lambda: parent.samples(self.model))
         return {"scores": scores, "speed": speed, "samples": samples}
-
-    def summary(self, results: dict[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = processes.first(
-            lambda: self.run.values("summary.json", lambda: summarize(self, results))
-        )
-        return found
 
     def _scores(self, name: str, model: Callable[[], PreTrainedModel]) -> dict[str, Any]:
         return self.parent.scores(name, model())

@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nestling import processes
 from nestling.recipes.child import Child, ChildSettings, Origin, Parent
 from nestling.recipes.progress import Stages, console
 from nestling.recipes.run import Run
 from nestling.recipes.shapes import checked
-from nestling.report import comparison, write_model_card, write_report
+from nestling.recipes.summary import reported
+from nestling.report import comparison
 from nestling.search import describe
 from nestling.train import documented
 
@@ -61,13 +61,7 @@ def compress(settings: CompressSettings) -> dict[str, Any]:
     with stages("evaluate parent and child"):
         results = child.evaluate()
     with stages("write the report"):
-        summary = child.summary(results)
-        report = processes.first(lambda: _report(run))
+        summary, report = reported(child, results)
     console.print(comparison(summary))
     console.print(f"report: {report}\nmodel:  {run.path('model')}")
     return summary
-
-
-def _report(run: Run) -> str:
-    write_model_card(run.folder)
-    return str(write_report(run.folder))

@@ -22,8 +22,8 @@ from nestling.recipes.child import Child, ChildSettings, Origin, Parent
 from nestling.recipes.progress import Stages, console
 from nestling.recipes.run import Run
 from nestling.recipes.shapes import checked, parent_cost
-from nestling.recipes.summary import heading
-from nestling.report import comparison, write_model_card, write_report
+from nestling.recipes.summary import heading, reported
+from nestling.report import comparison, write_report
 from nestling.search import describe
 from nestling.train import documented
 
@@ -111,14 +111,8 @@ def _member(child: Child, budget: Budget, stages: Stages) -> dict[str, Any]:
     with stages(f"{child.name}: distill from the parent"):
         child.distill()
     with stages(f"{child.name}: evaluate"):
-        summary = child.summary(child.evaluate())
-        processes.first(lambda: _report(child.run))
+        summary, _ = reported(child, child.evaluate())
     return summary
-
-
-def _report(run: Run) -> str:
-    write_model_card(run.folder)
-    return str(write_report(run.folder))
 
 
 def _summary(parent: Parent, settings: FamilySettings, made: list[dict[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -15,14 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import nestling
+from nestling import processes
 from nestling.anatomy import Anatomy
 from nestling.cost import cost
 from nestling.ranking import Ranking
+from nestling.recipes.child import Child
+from nestling.report import write_model_card, write_report
 from nestling.shape import Form
 from nestling.surgery import choose
-
-if TYPE_CHECKING:
-    from nestling.recipes.child import Child
 
 
 def heading(settings: Any, name: str, parent: PreTrainedModel) -> dict[str, Any]:
@@ -46,6 +46,21 @@ def origin(title: str, seed: int, model: PreTrainedModel) -> dict[str, Any]:
         },
         "machine": f"{platform.machine()}, {_threads()}, {model.device.type}",
     }
+
+
+def reported(child: Child, results: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """A child's summary, kept in its run, and the file of the report that is made of it; a model card is written too.
+
+    results: what `Child.evaluate` returned. Of several processes the first does it, while the others wait.
+    """
+
+    def make() -> tuple[dict[str, Any], str]:
+        summary = child.run.values("summary.json", lambda: summarize(child, results))
+        write_model_card(child.run.folder)
+        return summary, str(write_report(child.run.folder))
+
+    summary, report = processes.first(make)
+    return summary, report
 
 
 def summarize(made: Child, results: Mapping[str, Any]) -> dict[str, Any]:
