@@ -79,7 +79,6 @@ def test_the_curve_goes_through_what_was_measured():
 
 def test_a_step_is_measured_and_adds_up(monkeypatch):
     monkeypatch.setattr(timing, "STEPS", 3)
-    monkeypatch.setattr(timing, "ROUNDS", 1)
     anatomy = Anatomy.of(tiny("llama", dtype=torch.float32))
     samples = timing.measure(anatomy, CPU, torch.float32, Work(1, 8), count=3)
     assert set(samples) == {part.name for part in parts(anatomy)}

@@ -34,7 +34,7 @@ from nestling.report.members import in_text
 from nestling.search import Pricing, pick, reachable
 from nestling.search.latency import table
 from nestling.search.parts import Work
-from nestling.search.timing import TIMED
+from nestling.search.timing import PROBES
 from nestling.shape import Shape
 from nestling.surgery import prune
 from nestling.train import documented
@@ -230,7 +230,7 @@ def _latency(source: Source, names: list[str], settings: ElasticTrain) -> Latenc
     if not any(Budget.parse(name).timed for name in names):
         return None
     anatomy, model = Anatomy.of(source.model), source.model
-    with bar("timing blocks, models", TIMED) as advance:
+    with bar("timing blocks, models", PROBES) as advance:
         times = table(anatomy, model.device, model.dtype, Work(1, settings.latency_context), advance)
     return partial(times.milliseconds, anatomy)
 

@@ -16,7 +16,7 @@ from nestling.recipes.settings import ShapeSettings, listed
 from nestling.recipes.source import in_batches
 from nestling.search import Budget, Candidate, Pricing, Space, Trial, latency, pick, reachable
 from nestling.search.parts import Work
-from nestling.search.timing import TIMED
+from nestling.search.timing import PROBES
 from nestling.shape import Shape
 from nestling.surgery import choose, prune
 from nestling.surgery.repair import Repair
@@ -120,5 +120,5 @@ def measured(model: PreTrainedModel, settings: ShapeSettings) -> latency.Table:
     """Times of this model's blocks on this machine, measured now or before."""
     work = Work(settings.cost_batch, settings.latency_context)
     anatomy = Anatomy.of(model)
-    with bar("timing blocks, models", TIMED) as advance:
+    with bar("timing blocks, models", PROBES) as advance:
         return latency.table(anatomy, model.device, model.dtype, work, advance)

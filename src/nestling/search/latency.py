@@ -32,7 +32,7 @@ from nestling.search.parts import Part, Sizes, Work, parts
 from nestling.search.timing import Sample, measure
 from nestling.shape import Form
 
-VERSION = 1  # of the file
+VERSION = 2  # of the file
 
 
 @dataclass

@@ -1,18 +1,19 @@
 """Timing the parts of models of different sizes, on this machine and now.
 
 Each model has random weights, sizes drawn from the search grid, and as many layers as it takes to leave the processor's
-caches. It decodes a few tokens while hooks note how long each part takes.
+caches. It decodes a few tokens in turns with the parent while hooks note how long each part takes.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,9 +27,8 @@ from nestling.search.space import Pricing, allowed, grid
 from nestling.shape import child_config
 
 PROBES = 16  # models that are timed
-ROUNDS = 2  # passes over them, the second in reverse; the faster one counts
-TIMED = PROBES * ROUNDS  # how often `measure` tells its progress
-STEPS = 12  # tokens decoded in each
+STEPS = 16  # tokens decoded in each
+WARM = 2  # tokens before those
 LAYER_BYTES = 256 << 20  # weights of a probe's layers, if the parent has so many: more than processors keep close
 
 
@@ -50,27 +50,29 @@ def measure(
     count: int = PROBES,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[Sample]]:
-    """Part -> its times at the sizes of each of some models.
+    """Part -> its times at the sizes of each of some models. progress: told of each model that was timed.
 
-    progress: told of each model that was timed, in each round.
+    Every model decodes in turns with the first, which is the parent but for its number of layers, and its times are
+    taken as multiples of the parent's beside it: what else the machine does in those seconds slows both alike.
     clock: gives seconds; with one thread on a machine that others use, `time.process_time` tells more.
     """
     layers = _layers(anatomy, dtype)
     shapes = probes(anatomy, layers, count)
-    fastest: dict[tuple[int, str], Sample] = {}
-    for turn in range(ROUNDS):
-        order = list(enumerate(shapes))
-        for number, shape in order if turn % 2 == 0 else reversed(order):
-            for name, sample in _timed(anatomy, shape, layers, (device, dtype), work, clock).items():
-                known = fastest.get((number, name))
-                if known is None or sample.seconds < known.seconds:
-                    fastest[number, name] = sample
-            if progress is not None:
-                progress(1)
-    samples: dict[str, list[Sample]] = {}
-    for (_, name), sample in sorted(fastest.items(), key=lambda item: item[0]):
-        samples.setdefault(name, []).append(sample)
-    return samples
+    whole = _Decoder(anatomy, shapes[0], (device, dtype), work)
+    multiples: list[dict[str, tuple[Sample, float]]] = []
+    wholes: list[dict[str, float]] = []
+    for shape in shapes:
+        probe = _Decoder(anatomy, shape, (device, dtype), work)
+        beside, own = _in_turns([whole, probe], clock)
+        wholes.append(beside)
+        multiples.append({name: (sample, own[name] / beside[name]) for name, sample in probe.samples().items()})
+        if progress is not None:
+            progress(1)
+    typical = {name: statistics.median(one[name] for one in wholes) for name in wholes[0]}
+    return {
+        name: [replace(one[name][0], seconds=one[name][1] * seconds) for one in multiples]
+        for name, seconds in typical.items()
+    }
 
 
 def _layers(anatomy: Anatomy, dtype: torch.dtype) -> int:
@@ -102,45 +104,55 @@ def probes(anatomy: Anatomy, layers: int, count: int) -> list[dict[str, int]]:
     return found
 
 
-def _timed(
-    anatomy: Anatomy,
-    sizes: dict[str, int],
-    layers: int,
-    kept: tuple[torch.device, torch.dtype],
-    work: Work,
-    clock: Callable[[], float],
-) -> dict[str, Sample]:
-    """Build a model of these sizes and time its parts, each by the median over steps and layers."""
-    pricing = Pricing(anatomy)
-    config = child_config(anatomy, pricing.form(pricing.capped(sizes), check_config=False))
-    with torch.random.fork_rng(enabled=True), kept[0]:
-        model = AutoModelForCausalLM.from_config(config, dtype=kept[1]).eval()
-    child = Anatomy.of(model)
-    taken = _decode(model, child, work, clock)
-    medians: dict[str, list[float]] = {}
-    for part, seconds in taken.items():
-        medians.setdefault(part.name, []).extend(seconds)
-    samples = {}
-    for part in parts(child):
-        here = child.sizes(part.layer)
-        letters = tuple(here[letter] for letter in part.letters)
-        typical = max(1e-9, statistics.median(medians[part.name]))
-        samples[part.name] = Sample(letters, part.reads(child, here, work), typical)
-    return samples
+class _Decoder:
+    """A model of some sizes with random weights, its cache filled with the tokens before those that are timed."""
+
+    def __init__(
+        self, anatomy: Anatomy, sizes: dict[str, int], kept: tuple[torch.device, torch.dtype], work: Work
+    ) -> None:
+        pricing = Pricing(anatomy)
+        config = child_config(anatomy, pricing.form(pricing.capped(sizes), check_config=False))
+        with torch.random.fork_rng(enabled=True), kept[0]:
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=kept[1]).eval()
+        self.anatomy, self.work = Anatomy.of(self.model), work
+        self.prompt = torch.ones(work.batch, work.context, dtype=torch.long, device=self.model.device)
+        self.cache_name = cache_name(self.model)
+        with evaluating(self.model):
+            self.filled = getattr(decoder(self.model)(input_ids=self.prompt, use_cache=True), self.cache_name)
+
+    @contextmanager
+    def decoding(self, clock: _Clock) -> Iterator[Callable[[], None]]:
+        """A function that decodes one more token, timed, after the filled cache."""
+        cached: dict[str, Any] = {self.cache_name: copy.deepcopy(self.filled)}
+        with evaluating(self.model), clock.on(self.model, self.anatomy):
+            yield lambda: self.model(input_ids=self.prompt[:, :1], use_cache=True, **cached)
+
+    def typical(self, clock: _Clock) -> dict[str, float]:
+        """Part -> the median of its seconds over steps and layers."""
+        taken: dict[str, list[float]] = {}
+        for part, seconds in clock.shares(self.anatomy).items():
+            taken.setdefault(part.name, []).extend(seconds[WARM:])
+        return {name: max(1e-9, statistics.median(seconds)) for name, seconds in taken.items()}
+
+    def samples(self) -> dict[str, Sample]:
+        """Part -> its sizes and what it reads, not yet timed."""
+        found = {}
+        for part in parts(self.anatomy):
+            here = self.anatomy.sizes(part.layer)
+            letters = tuple(here[letter] for letter in part.letters)
+            found[part.name] = Sample(letters, part.reads(self.anatomy, here, self.work), math.nan)
+        return found
 
 
-def _decode(
-    model: PreTrainedModel, anatomy: Anatomy, work: Work, clock: Callable[[], float]
-) -> dict[Part, list[float]]:
-    """Seconds of every part in each of a few steps of decoding."""
-    prompt = torch.ones(work.batch, work.context, dtype=torch.long, device=model.device)
-    hooks, name = _Clock(model.device, clock), cache_name(model)
-    with evaluating(model):
-        cached = {name: getattr(decoder(model)(input_ids=prompt, use_cache=True), name)}
-        with hooks.on(model, anatomy):
-            for _ in range(2 + STEPS):
-                model(input_ids=prompt[:, :1], use_cache=True, **cached)
-    return {part: seconds[2:] for part, seconds in hooks.shares(anatomy).items()}
+def _in_turns(models: list[_Decoder], clock: Callable[[], float]) -> list[dict[str, float]]:
+    """Seconds of the parts of each model, which decode one token each in turns."""
+    clocks = [_Clock(one.model.device, clock) for one in models]
+    with ExitStack() as ready:
+        steps = [ready.enter_context(one.decoding(own)) for one, own in zip(models, clocks, strict=True)]
+        for _ in range(WARM + STEPS):
+            for step in steps:
+                step()
+    return [one.typical(own) for one, own in zip(models, clocks, strict=True)]
 
 
 class _Clock:
