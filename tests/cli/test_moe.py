@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from nestling.cli import main
 from nestling.experts import use_fast_experts
+from tests import checkpoint
 from tests.cli.workplace import FEW, JOB, TEXT, run
 from tests.models import logits
 
@@ -46,6 +47,22 @@ def test_a_dense_model_and_back(place, capsys):
     assert set(found["shape"]) == {"num_local_experts"}
 
 
+def test_what_a_mixture_has_already_is_not_made_anew(place, capsys):
+    checkpoint.write(place / "mix", "mixtral")
+    (place / "mix.yaml").write_text(
+        "model_type: mixtral\nnum_local_experts: 4\nhidden_size: 32\nnum_hidden_layers: 1\n"
+    )
+    for arguments, says in (
+        (("upcycle", "mix"), "--granularity 2"),
+        (("upcycle", "mix", "--granularity", "2", "--mode", "paper"), "mode would do nothing"),
+        (("train", "mix.yaml", "--num_experts", "16", *TEXT[:2]), "--set"),
+    ):
+        assert main(["moe", *arguments, "--out", "x"]) == 2
+        assert says in capsys.readouterr().err
+    few = run(capsys, "moe", "upcycle", "mix", "--granularity", 2, "--out", "fine")
+    assert few["logit_difference"] < 1e-3
+
+
 def test_a_fresh_fine_grained_mixture(place, capsys):
     (place / "dense.yaml").write_text(
         "model_type: qwen3\nhidden_size: 32\nintermediate_size: 32\nnum_hidden_layers: 2\nnum_attention_heads: 2\n"
@@ -70,6 +87,7 @@ def test_a_fresh_fine_grained_mixture(place, capsys):
         (("upcycle", "m", "--num_experts_per_tok", "9"), "take 1 to 8"),
         (("upcycle", "m", "--granularity", "2", "--shared", "1"), "granite"),
         (("train", "m", *TEXT[:2]), "no routed experts"),
+        (("train", "m", "--granularity", "2", "--set", "head_dim=4", *TEXT[:2]), "granularity, set would do nothing"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(place, capsys, arguments, says):

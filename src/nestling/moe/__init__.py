@@ -2,6 +2,7 @@
 
 from nestling.moe.convert import mixture_config, split, upcycle
 from nestling.moe.dense import check_dense, to_dense
+from nestling.moe.ffn import sizes_of
 from nestling.moe.merge import merge
 from nestling.moe.routers import health
 from nestling.moe.train import MixtureLM, MixtureSettings, fresh_scale, loads, routed_modules, scale_experts, train
@@ -17,6 +18,7 @@ __all__ = [
     "mixture_config",
     "routed_modules",
     "scale_experts",
+    "sizes_of",
     "split",
     "to_dense",
     "train",

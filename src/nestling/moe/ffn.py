@@ -72,6 +72,13 @@ def width_axis(architecture: Architecture) -> Axis:
     return found
 
 
+def sizes_of(anatomy: Anatomy) -> tuple[int, int, int]:
+    """Experts of the first layer that has them, those of a token, and neurons in each."""
+    axis, routed, layer = expert_axis(anatomy.architecture), anatomy.architecture.routed, anatomy.routed_layers()[0]
+    assert routed is not None
+    return anatomy.units(axis, layer), getattr(anatomy.config, str(axis.active)), anatomy.sizes(layer)[routed.neuron]
+
+
 def expert_tensors(anatomy: Anatomy, layer: int) -> list[TensorSpec]:
     """The tensors inside a layer's experts, each with the experts in its first dimension; the router's are not."""
     routed = anatomy.architecture.routed

@@ -37,6 +37,7 @@ from nestling.surgery import prune
 from nestling.train import documented
 
 METRICS = ("contribution", "output_error", "gate", "frequency", "reap")
+FRESH = ("num_experts", "num_experts_per_tok", "shared", "normalize", "mode", "router_std")  # of mixtures made here
 
 
 @documented
@@ -140,6 +141,11 @@ def upcycle_model(settings: UpcycleSettings) -> dict[str, Any]:
     check_folder(settings.out, settings.overwrite)
     model, tokenizer = load(settings, settings.model)
     if Anatomy.of(model).routed_layers():
+        _check_idle(settings, settings.model, "only their granularity can be raised, as in --granularity 2")
+        if settings.granularity == 1:
+            raise NestlingError(
+                f"'{settings.model}' is a mixture already: split its experts with --granularity 2 or more"
+            )
         made = moe.split(model, settings.granularity)
     else:
         numbers = (settings.num_experts, settings.num_experts_per_tok, settings.granularity)
@@ -164,12 +170,23 @@ def prune_experts(settings: ExpertSettings) -> dict[str, Any]:
     fewest = min(int(load.min()) for load in moe.loads(source.model, batches))
     console.print(f"the expert with the fewest calibration tokens saw {fewest}")
     made = _cut(source.model, ranking, axis.field, keep, batches, settings)
+    total, kept = (getattr(source.model.config, axis.field), getattr(made.config, axis.field, None))
+    how = "the others merged into them" if settings.merge else "the others dropped"
+    console.print(
+        f"one FFN of {made.config.intermediate_size} neurons in each layer"
+        if kept is None
+        else f"{kept} of {total} experts stay in each layer, {how}"
+    )
     return _saved(made, source.tokenizer, settings.out, settings.overwrite, {"fewest_tokens": fewest})
 
 
 def train_mixture(settings: MixtureVerb) -> dict[str, Any]:
     """Train the mixture, or go on with it; returns where it is, its held-out loss and the load of its experts."""
     checkpoint = names_checkpoint(settings.architecture)
+    if checkpoint:
+        _check_idle(
+            settings, settings.architecture, "change them with nestling moe upcycle or prune", "granularity", "set"
+        )
     config = None if checkpoint else _mixture(settings)
     given = given_tokenizer(settings)
     run = Run("moe train", settings, settings.out, settings.overwrite)
@@ -182,7 +199,7 @@ def train_mixture(settings: MixtureVerb) -> dict[str, Any]:
             model = build(config, tokenizer, settings.train.seed, settings.device)
             numbers = (settings.num_experts, settings.num_experts_per_tok, settings.granularity)
             moe.scale_experts(model, moe.fresh_scale(*numbers, settings.normalize, settings.shared))
-        console.print(f"{model.config.model_type}, {count(model.num_parameters())} parameters")
+        console.print(_described(model))
         return moe.train(model, settings.data, tokenizer, settings.train, run.folder)
 
     target = run.model("model", trained, tokenizer)
@@ -198,9 +215,32 @@ def _mixture(settings: MixtureVerb) -> PreTrainedConfig:
     """The config to train with fresh weights: as it is if it has experts, else made a mixture."""
     config = architecture_config(settings.architecture, fields(settings.set), settings.trust_remote_code)
     if Anatomy.of(config).routed_layers():
+        _check_idle(
+            settings, settings.architecture, "change its fields, as in --set num_experts_per_tok=4", "granularity"
+        )
         return config
     numbers = (settings.num_experts, settings.num_experts_per_tok, settings.granularity)
     return moe.mixture_config(config, *numbers, post=settings.normalize, shared=settings.shared)
+
+
+def _check_idle(settings: Any, what: str, remedy: str, *more: str) -> None:
+    """Refuse settings of fresh mixtures that a model with experts of its own would not heed."""
+    names = [name for name in (*FRESH, *more) if getattr(settings, name, None) != getattr(type(settings), name, None)]
+    if names:
+        raise NestlingError(f"'{what}' has experts of its own, for which {', '.join(names)} would do nothing: {remedy}")
+
+
+def _described(model: PreTrainedModel) -> str:
+    """What a mixture is, in two short lines."""
+    anatomy = Anatomy.of(model)
+    if not anatomy.routed_layers():
+        return f"{model.config.model_type}, {count(model.num_parameters())} parameters"
+    experts, chosen, width = moe.sizes_of(anatomy)
+    price = cost(anatomy)
+    return (
+        f"{model.config.model_type}, {experts} experts of {width} neurons, {chosen} of a token\n"
+        f"{count(price.params)} parameters, {count(price.active_params)} active (embeddings counted in both)"
+    )
 
 
 def _summary(settings: MixtureVerb, folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -209,11 +249,11 @@ def _summary(settings: MixtureVerb, folder: Path, tokenizer: PreTrainedTokenizer
     model = trained_model(settings, folder)
     loads = moe.loads(model, in_batches(ids))
     anatomy = Anatomy.of(model)
-    axis = next(axis for axis in anatomy.axes.values() if axis.active)
+    experts, chosen, _ = moe.sizes_of(anatomy)
     load = {
         **moe.health(loads),
-        "experts": len(loads[0]),
-        "per_token": getattr(model.config, str(axis.active)),
+        "experts": experts,
+        "per_token": chosen,
         "layers": anatomy.routed_layers(),
         "per_layer": [[int(slots) for slots in layer] for layer in loads],
     }

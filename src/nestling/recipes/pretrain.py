@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from nestling.anatomy import ARCHITECTURES, Anatomy
 from nestling.data import check_tokenizer
 from nestling.pretrain import PretrainSettings, architecture_config, build, pretrain
 from nestling.recipes.progress import console
@@ -50,6 +51,8 @@ def pretrain_model(settings: PretrainVerb) -> dict[str, Any]:
     own = settings.tokenizer is None and given is not None
     if given is not None and own:
         check_tokenizer(given, config.vocab_size)
+    if config.model_type in ARCHITECTURES and Anatomy.of(config).routed_layers():
+        console.print("routers get no balance loss here: nestling moe train gives them one, and reports their load")
     run = Run("pretrain", settings, settings.out, settings.overwrite)
     tokenizer = given or trained_tokenizer(settings, run)
 
