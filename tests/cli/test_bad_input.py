@@ -158,7 +158,7 @@ DATA = {
     "text that is none": (
         ["rank", "m", *FEW],
         _text('{"text": 5}\n'),
-        "line 1 of 'text.jsonl' has a int as its 'text'",
+        "line 1 of 'text.jsonl' has a 'text' of type int",
     ),
     "too short to train on": (
         ["compress", "m", *JOB, "--distill.context", "9999"],

@@ -132,6 +132,14 @@ def test_messages_go_through_the_chat_template(tmp_path):
             documents(file, "all", tokenizer=tokenizer)
 
 
+def test_halves_of_surrogate_pairs_become_replacement_characters(tmp_path):
+    """JSON can spell what UTF-8 cannot, and a tokenizer would raise; whole pairs stay."""
+    file = write_jsonl(tmp_path / "a.jsonl", [{"text": "a\ud800b"}, {"text": "c \U0001f600"}])
+    texts = list(documents(file, "all"))
+    assert texts == ["a\ufffdb", "c \U0001f600"]
+    assert toy.tokenizer()(texts)["input_ids"]
+
+
 def _raw(name, content):
     return lambda folder: (folder / name).write_bytes(content)
 

@@ -20,6 +20,7 @@ from nestling.errors import DataError
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 STRETCH = 10_000
+LONE_HALF = re.compile(r"[\ud800-\udfff]")
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
 SPLITS |= {"dev": "validation", "test": "test"}
 SPLIT_NAME = re.compile(rf"({'|'.join(SPLITS)})([-_.]?\d.*)?")
@@ -64,20 +65,25 @@ def text_of(row: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase 
     """The text of one record: `text`, or `messages` through the chat template. Raises `DataError`."""
     text = row.get("text")
     if isinstance(text, str):
-        return text
+        return _writable(text)
     if row.get("messages"):
         if tokenizer is None or not tokenizer.chat_template:
             raise DataError(f"{where} holds 'messages', but the tokenizer has no chat template: give 'text' instead")
         try:
-            return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+            return _writable(str(tokenizer.apply_chat_template(row["messages"], tokenize=False)))
         except Exception as error:  # templates are programs: jinja, key and type errors
             raise DataError(f"{where} does not fit the tokenizer's chat template: {error}") from error
     if text is not None:
-        raise DataError(f"{where} has a {type(text).__name__} as its 'text': make it one string")
+        raise DataError(f"{where} has a 'text' of type {type(text).__name__}: make it one string")
     if "text" in row or "messages" in row:
         return ""
     names = ", ".join(map(str, row)) or "none"
     raise DataError(f"{where} has no column 'text' or 'messages' (it has {names}): rename the one that holds the text")
+
+
+def _writable(text: str) -> str:
+    """A text without halves of surrogate pairs, which JSON can spell but no tokenizer takes."""
+    return LONE_HALF.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def stretches(text: str, length: int = STRETCH) -> Iterator[str]:
