@@ -6,11 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from nestling import hub
 from nestling.cli import main
 from nestling.data import documents, train_tokenizer
 from nestling.errors import CheckpointError, DataError, NestlingError
+from nestling.hub.load import tokenizer_beside
 from nestling.pretrain import PRESETS, PretrainSettings, architecture_config, build, pretrain
 from nestling.recipes.pretrain import PretrainVerb, pretrain_model
 from nestling.recipes.scratch import fields
@@ -126,6 +128,20 @@ def test_a_tokenizer_of_the_data_writes_every_text(tmp_path):
     assert "def" in next(documents(corpus))
     with pytest.raises(DataError, match="258"):
         train_tokenizer(corpus, 100)
+
+
+def test_a_model_learns_from_the_tokenizer_that_is_read_beside_it(tmp_path):
+    """The auto classes give every Qwen2 its own way to split text (each digit alone), whatever the file says."""
+    (tmp_path / "text.txt").write_text("year = 12345\n" * 200)
+    made = train_tokenizer(tmp_path / "text.txt", 300)
+    found = tokenizer_beside(made, "qwen2")
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    model = build(AutoConfig.for_model("qwen2", intermediate_size=20, **sizes), found)
+    hub.save(model, tmp_path / "model", found)
+    later = AutoTokenizer.from_pretrained(tmp_path / "model")
+    ids = [tokenizer("year = 12345")["input_ids"] for tokenizer in (found, later, made)]
+    assert ids[0] == ids[1] != ids[2]
+    assert tokenizer_beside(made, "llama")("year = 12345")["input_ids"] == ids[2]
 
 
 def test_the_verb_writes_a_checkpoint_that_loads(tmp_path, capsys):

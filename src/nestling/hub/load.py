@@ -7,6 +7,8 @@ over after loading are errors, never warnings: a model with random layers looks 
 
 from __future__ import annotations
 
+import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,19 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise CheckpointError(f"the tokenizer in '{folder}' cannot be read: {first_line(error)}") from error
+
+
+def tokenizer_beside(tokenizer: PreTrainedTokenizerBase, model_type: str) -> PreTrainedTokenizerBase:
+    """A tokenizer as the auto classes read it from the folder of a model of that type.
+
+    For some types (Qwen2) they take a class that splits text in its own way, whatever the file says: a model
+    that is trained with another tokenizer has to learn from what it will be given later.
+    """
+    with tempfile.TemporaryDirectory(prefix="nestling-") as folder:
+        tokenizer.save_pretrained(folder)
+        Path(folder, "config.json").write_text(json.dumps({"model_type": model_type}))
+        found = load_tokenizer(Path(folder))
+    return tokenizer if found is None else found
 
 
 def check_config(folder: Path, name: str | Path, trust_remote_code: bool) -> PreTrainedConfig:

@@ -21,6 +21,7 @@ from nestling.recipes.progress import bar, console
 from nestling.recipes.run import Run, check_folder
 from nestling.recipes.scratch import (
     ScratchSettings,
+    beside,
     fields,
     given_tokenizer,
     trained_model,
@@ -191,6 +192,7 @@ def train_mixture(settings: MixtureVerb) -> dict[str, Any]:
     given = given_tokenizer(settings)
     run = Run("moe train", settings, settings.out, settings.overwrite)
     tokenizer = given or trained_tokenizer(settings, run)
+    tokenizer = tokenizer if config is None else beside(tokenizer, config)
 
     def trained() -> PreTrainedModel:
         if config is None:

@@ -14,6 +14,7 @@ from nestling.recipes.progress import console
 from nestling.recipes.run import Run
 from nestling.recipes.scratch import (
     ScratchSettings,
+    beside,
     fields,
     given_tokenizer,
     trained_model,
@@ -55,6 +56,8 @@ def pretrain_model(settings: PretrainVerb) -> dict[str, Any]:
         console.print("routers get no balance loss here: nestling moe train gives them one, and reports their load")
     run = Run("pretrain", settings, settings.out, settings.overwrite)
     tokenizer = given or trained_tokenizer(settings, run)
+    if not own:
+        tokenizer = beside(tokenizer, config)
 
     def trained() -> PreTrainedModel:
         model = build(config, None if own else tokenizer, settings.train.seed, settings.device)
