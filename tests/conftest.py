@@ -1,5 +1,6 @@
 """Settings for every test: one thread (tiny tensors are faster so), no network, one seed."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -8,6 +9,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _imports_are_no_garbage():
+    """Trainings collect garbage when they begin and end; most of what that walks is what was imported."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
