@@ -132,6 +132,7 @@ def run(
             "arm": arm,
             "seed": seed,
             "member": target.name,
+            "commit": commit(),
             "error": target.of_sizes(plan.space, learner.chosen(number)) - 1,
             "shape": plan.space.shape(learner.chosen(number)).to_dict(),
         }

@@ -184,10 +184,14 @@ class Bench:
         return perplexity(model, self.tokenizer, DATA, context=128, tokens=16384).loss
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
-        """What was measured under that name, or is now."""
+        """What was measured under that name, or is now; rows say which commit they are of."""
         path = self.work / f"{name}.json"
         if not path.exists():
-            path.write_text(json.dumps(make(), indent=1))
+            found = make()
+            for row in found if isinstance(found, list) else [found]:
+                if isinstance(row, dict):
+                    row["commit"] = commit()
+            path.write_text(json.dumps(found, indent=1))
         return json.loads(path.read_text())
 
     def _tokenizer(self) -> Any:
