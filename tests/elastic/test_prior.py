@@ -1,5 +1,6 @@
 """What a router knows before it learns: losses that were measured, and the sizes that they make best."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -9,7 +10,9 @@ from nestling.anatomy import Anatomy
 from nestling.elastic.bill import Bill
 from nestling.elastic.harden import TOLERANCE, Wishes, harden
 from nestling.elastic.prior import even, measured, probed
+from nestling.elastic.settings import ElasticSettings
 from nestling.elastic.target import Target
+from nestling.elastic.train import _priors, make_plan
 from nestling.shape import allows
 from nestling.surgery import prune
 from tests.elastic.toy import random_logits, sorted_parent, space_of
@@ -64,3 +67,27 @@ def test_even_losses_ask_for_the_same_part_of_every_axis():
     sizes = harden(space, target, {f: -value for f, value in even(space, target).items()})
     parts = [int(sizes[f]) / int(space.largest()[f]) for f in ("hidden_size", "intermediate_size")]
     assert abs(parts[0] - parts[1]) < 0.2
+
+
+def test_probes_in_a_folder_are_taken_from_the_same_run_only(tmp_path, monkeypatch):
+    """Not those of other settings, text, choices or weights, nor of a file that is damaged."""
+    (model, _), (other, _) = sorted_parent("llama"), sorted_parent("llama", seed=1)
+    settings = ElasticSettings(axes="intermediate_size", steps=4)
+    made: list[int] = []
+    monkeypatch.setattr("nestling.elastic.train.probed", lambda *given: made.append(1) or probed(*given))
+
+    def losses(model=model, text=0, settings=settings, floor="0.9x"):
+        plan = make_plan(Anatomy.of(model), range(4), [floor], settings)
+        before, batches = len(made), [token_batches(2, 1, 8)[text]]
+        found = _priors(model, plan, batches, settings, tmp_path, True)
+        return found[0]["intermediate_size"], len(made) - before
+
+    first, again = losses(), losses()
+    assert torch.equal(first[0], again[0])
+    assert (first[1], again[1]) == (1, 0)
+    assert losses(settings=dataclasses.replace(settings, log_every=9, save_every=7))[1] == 0
+    for changed in ({"settings": dataclasses.replace(settings, seed=1)}, {"text": 1}, {"model": other}):
+        assert (losses(**changed)[1], losses(**changed)[1]) == (1, 0)
+    whole = (tmp_path / "probes.safetensors").read_bytes()
+    (tmp_path / "probes.safetensors").write_bytes(whole[:-9])
+    assert losses(model=other)[1] == 1

@@ -1,12 +1,16 @@
 """Budgets are met: by chances at every temperature, by sizes at the end, with gradients that stay on the budget."""
 
+import re
+from functools import partial
+
 import pytest
 import torch
 
 from nestling.anatomy import Anatomy
 from nestling.cost import cost_of_form
 from nestling.elastic.bill import Bill
-from nestling.elastic.harden import TOLERANCE, harden
+from nestling.elastic.harden import TOLERANCE, check, harden
+from nestling.elastic.space import Space
 from nestling.elastic.target import Target, project
 from nestling.errors import TargetError
 from nestling.shape import fit
@@ -101,9 +105,39 @@ def test_latency_is_met_as_measured_and_steered_to_by_a_law():
         setting(budget="latency=0.7x")
 
 
-def test_impossible_budgets_are_refused():
-    space, target = setting(budget="0.02x")
-    with pytest.raises(TargetError, match="no member can keep the budget"):
-        target.check(space)
+@pytest.mark.parametrize("budget", ["0.02x", "kv_bytes=0.01x,params=0.9x", "memory_bytes=300"])
+def test_impossible_budgets_are_refused_with_one_that_is_not(budget):
+    space, target = setting(budget=budget)
+    with pytest.raises(TargetError, match="the smallest sizes on offer come to") as refusal:
+        check(space, target)
+    least = str(refusal.value).partition("come to ")[2].partition(", ask for")[0]
+    again = Target.of(least, target.bill).on(space)
+    check(space, again)
+    assert abs(again.of_sizes(space, harden(space, again, random_logits(space, 0))) - 1) <= TOLERANCE
+
+
+def test_a_budget_between_sizes_is_refused_with_the_nearest_that_is_met():
+    """Experts alone of a tiny mixture, of which three at least stay."""
+    model, _ = sorted_parent("qwen3_moe", num_experts=8, num_experts_per_tok=3)
+    space = Space(Anatomy.of(model), range(4), axes=("num_experts",))
+    bill = Bill(Anatomy.of(model), 64)
+    even = {field: 0 * knob.sizes for field, knob in space.knobs.items()}
+    found = set()
+    for budget in ("0.5x", "0.7x", "0.975x"):
+        target = Target.of(budget, bill).on(space)
+        refuses = check if budget == "0.5x" else partial(harden, logits=even)
+        with pytest.raises(TargetError, match=r"or allow more axes") as refusal:
+            refuses(space, target)
+        found.add(re.search(r"[0-9.]+x(?=, ask)", str(refusal.value))[0])
+    assert len(found) > 1
+    for budget in found:
+        target = Target.of(budget, bill).on(space)
+        assert abs(target.of_sizes(space, harden(space, target, even)) - 1) <= TOLERANCE
+
+
+def test_budgets_that_leave_nothing_to_do_are_refused():
+    _, target = setting()
     with pytest.raises(TargetError, match="not below the parent"):
         Target.of("1.5x", target.bill)
+    with pytest.raises(TargetError, match="has no state to limit"):
+        Target.of("state_bytes=0.5x", target.bill)

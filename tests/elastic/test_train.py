@@ -1,14 +1,11 @@
 """Training a family: what it learns, what it draws, and that neither a kill nor more processes change it."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from nestling.elastic import ElasticSettings, train
 from nestling.elastic.learner import draw
@@ -16,27 +13,42 @@ from nestling.elastic.router import Router, gumbel, relaxed
 from nestling.errors import NestlingError, TargetError
 from nestling.shape import Shape
 from nestling.train import LearnerTrainer, recomputes, split_batch
-from tests.elastic import worker
 from tests.elastic.toy import sorted_parent, space_of
 from tests.models import logits, random_ranking, tiny, token_batches
+from tests.several import outcomes, together
 
-ROOT = Path(__file__).parents[2]
-TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 DATA = token_batches(4, 4, 12)
 QUICK = {"steps": 4, "batch_size": 4, "learning_rate": 1e-3, "routing": 0.5}
 
 
-def call(*arguments, launcher=()):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *launcher, "-m", "tests.elastic.worker", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+STEPS = 6
+
+
+def trained(run_dir=None, **overrides):
+    """Three steps under soft masks and three on slices, of two members drawn for each."""
+    model = tiny("llama-tied", hidden_size=36, intermediate_size=40, num_hidden_layers=3)
+    settings = {
+        "steps": STEPS,
+        "batch_size": 4,
+        "save_every": 2,
+        "routing": 0.5,
+        "members_per_step": 2,
+        "weights": [1, 2, 3],
+        "per_layer": "intermediate_size",
+        "learning_rate": 1e-3,
+    }
+    data, ranking = token_batches(6, 4, 11), random_ranking(model)
+    return train(model, ["0.75x", "0.5x"], data, run_dir=run_dir, ranking=ranking, **(settings | overrides))
+
+
+def weights(family):
+    return {name: parameter.detach().clone() for name, parameter in family.parent.named_parameters()}
 
 
 @pytest.fixture(scope="module")
 def whole():
     torch.set_num_threads(1)
-    return worker.run(None)
+    return trained()
 
 
 @pytest.mark.parametrize("step", [3, 6])  # after a checkpoint amid the routing, and one amid the slices
@@ -51,26 +63,42 @@ def test_a_run_that_dies_goes_on_to_the_same_family(step, whole, tmp_path, monke
 
     monkeypatch.setattr(LearnerTrainer, "training_step", training_step)
     with pytest.raises(RuntimeError, match="lights"):
-        worker.run(tmp_path / "run")
-    family = worker.run(tmp_path / "run")
+        trained(tmp_path / "run")
+    family = trained(tmp_path / "run")
     assert family.entries == whole.entries
     expected = dict(whole.parent.named_parameters())
     assert all(torch.equal(p, expected[name]) for name, p in family.parent.named_parameters())
-    assert len(calls) == step + worker.STEPS - 2 * ((step - 1) // 2)
+    assert len(calls) == step + STEPS - 2 * ((step - 1) // 2)
 
 
-def test_two_processes_train_what_one_does(whole, tmp_path):
-    call(tmp_path / "run", tmp_path / "out", launcher=TWO)
-    found = load_file(tmp_path / "out")
-    for name, parameter in whole.parent.named_parameters():
-        torch.testing.assert_close(found[name], parameter.detach(), rtol=1e-5, atol=1e-6)
-    shapes = {name: Shape(**shape) for name, shape in json.loads((tmp_path / "out.json").read_text()).items()}
-    assert shapes == {name: entry.shape for name, entry in whole.entries.items()}
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_train_what_one_does(whole, tmp_path, fsdp):
+    def part():
+        family = trained(tmp_path / "run", fsdp=fsdp)
+        return weights(family), family.entries
+
+    for found, entries in together(2, tmp_path, part):
+        torch.testing.assert_close(found, weights(whole), rtol=1e-5, atol=1e-6)
+        assert entries == whole.entries
+
+
+def test_shards_go_on_in_one_process(whole, tmp_path, monkeypatch):
+    """From a checkpoint that two have written amid the slices."""
+    stop = partial(monkeypatch.setattr, LearnerTrainer, "training_step")
+    plain = LearnerTrainer.training_step
+
+    def part():
+        stop(lambda self, *a, **k: plain(self, *a, **k) if self.state.global_step < 5 else sys.exit(3))
+        trained(tmp_path / "run", fsdp=True)
+
+    assert [code for code, _ in outcomes(2, tmp_path, part)] == [1, 1]
+    assert (tmp_path / "run/checkpoints/checkpoint-4/shards").exists()
+    torch.testing.assert_close(weights(trained(tmp_path / "run", fsdp=True)), weights(whole), rtol=1e-5, atol=1e-6)
 
 
 def test_activations_that_are_recomputed_change_nothing(whole):
     """Under soft masks, whose hooks are gone by the backward pass, and on slices."""
-    family = worker.run(None, gradient_checkpointing=True)
+    family = trained(gradient_checkpointing=True)
     assert family.entries == whole.entries
     expected = dict(whole.parent.named_parameters())
     assert all(torch.allclose(p, expected[name], atol=1e-6) for name, p in family.parent.named_parameters())
@@ -170,8 +198,6 @@ def test_what_cannot_be_is_refused_before_any_work():
         train(model, ["0.01x"], None)
     with pytest.raises(TargetError, match="each budget once"):
         train(model, [], None)
-    with pytest.raises(NestlingError, match="fsdp cuts up"):
-        ElasticSettings(fsdp=True)
     with pytest.raises(TargetError, match="needs times measured"):
         train(model, ["latency=0.7x"], None)
     with pytest.raises(NestlingError, match="second stage"):

@@ -7,7 +7,7 @@ from torch import nn
 
 from nestling.errors import NestlingError
 from nestling.train.divergences import DIVERGENCES, divergence, top_k
-from nestling.train.losses import IGNORE, Head, Objective, logit_losses
+from nestling.train.losses import IGNORE, Head, Objective, Student, logit_losses, shared_losses
 
 VOCAB, NARROW, WIDE = 37, 8, 11
 
@@ -282,6 +282,32 @@ def test_no_more_than_a_chunk_of_logits_exists():
     logit_losses(case.hidden, head, case.teacher_hidden, theirs, case.targets, chunk_tokens=4).loss.backward()
     assert max(seen) == 4
     assert sum(seen) == 2 * int((case.targets != IGNORE).sum())
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_students_of_one_teacher_learn_as_they_would_alone(top_k):
+    """Whatever their widths, dtypes and weights, and with the teacher's head called once for each chunk."""
+    case, seen = Case(), []
+    narrow = case.hidden[..., :5].detach().float().requires_grad_(), case.weight[:, :5].detach().float()
+
+    def teacher_head(hidden):
+        seen.append(len(hidden))
+        return case.teacher_head(hidden)
+
+    def both(weight):
+        wide = Student(case.hidden, Head(case.head, (case.weight, case.bias)), weight)
+        return [wide, Student(narrow[0], Head(lambda x: F.linear(x, narrow[1]), (narrow[1],)), 1.0)]
+
+    given = case.teacher_hidden, teacher_head, case.targets, Objective(top_k=top_k, ce_weight=0.2)
+    alone = [logit_losses(one.hidden, one.head, *given, chunk_tokens=4) for one in both(1.0)]
+    leaves, calls = [*case.leaves, narrow[0]], len(seen)
+    expected = torch.autograd.grad(0.3 * alone[0].loss + alone[1].loss, leaves)
+    found = shared_losses(both(0.3), *given, chunk_tokens=4)
+    assert len(seen) - calls == calls // 2
+    torch.testing.assert_close(found[0].loss, 0.3 * alone[0].loss)
+    torch.testing.assert_close([one.divergence for one in found], [one.divergence for one in alone], rtol=1e-6, atol=0)
+    ours = torch.autograd.grad(sum(one.loss for one in found), leaves)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_a_registered_divergence_is_used():

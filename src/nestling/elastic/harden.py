@@ -2,8 +2,8 @@
 
 With V the sum of the wishes (logits) of the chosen sizes and C what they use of the budget, `harden` looks at all
 choices near the budget where there are few; else at those that are best by V - mu C for some mu, row by row until none
-changes, with mu halved in on the budget. Each of the most promising is brought onto the budget by `fill`, which moves
-single units where the wishes lose least, and the best is taken. The wish for a size that is not on the lists lies on a
+changes, with mu halved in on the budget. Each of the most promising is brought onto the budget by single units, moved
+where the wishes lose least, and the best is taken. The wish for a size that is not on the lists lies on a
 straight line between its neighbours'.
 """
 
@@ -39,38 +39,59 @@ PAIRED = 24  # rows of which pairs are tried
 def harden(space: Space, target: Target, logits: PerChoice, at_most: PerRow | None = None) -> dict[str, Tensor]:
     """Sizes `[rows]` on the budget that follow the logits as far as it allows.
 
-    at_most: sizes of a larger member in which this one shall be nested. Raises `TargetError` when nothing within 1 % of
-    the budget is found.
+    at_most: sizes of a larger member in which this one shall be nested. Raises `TargetError`, which names the nearest
+    budget that is met, when nothing within 1 % of this one is found.
     """
+    most, missed, parent = dict(at_most or space.largest()), [], _key(space.largest())
     with torch.no_grad():
-        most, evenly = dict(at_most or space.largest()), even(space, target)
-        tied = {field: TIE * value for field, value in evenly.items()}
+        tied = {field: TIE * value for field, value in even(space, target).items()}
         wishes = Wishes.of(space, {field: value - tied[field] for field, value in logits.items()})
-        found = _near(space, target, wishes, most)
-        problem = TargetError(f"no sizes near the budget {target.name} were found: allow more axes")
-        for attempt in range(3):
-            pairs, done = attempt > 0, []
-            if attempt == 2:
-                evenly = {field: -value for field, value in evenly.items()}
-                found = _near(space, target, Wishes.of(space, evenly), most)
-            for sizes in found[:TRIED] if attempt < 2 else found:
-                try:
-                    done.append(_filled(space, target, wishes, most, sizes, pairs))
-                except TargetError as error:
-                    problem = error
-                if done and pairs:
-                    break
+        for group, pairs in _candidates(space, target, wishes, most):
+            done = []
+            for sizes in group:
+                chosen = {field: value.clone() for field, value in sizes.items()}
+                left = _moved(space, target, chosen, most, space.smallest(), wishes, pairs)
+                if left is not None and _key(chosen) != parent:
+                    (done if abs(left) <= TOLERANCE else missed).append((abs(left), chosen))
             if done:
-                return max(done, key=wishes)
-    raise problem
+                return max((chosen for _, chosen in done), key=wishes)
+    nearest = min(missed, key=lambda one: one[0], default=(0.0, None))[1]
+    raise _between_sizes(space, target, nearest)
 
 
-def _filled(
-    space: Space, target: Target, wishes: Wishes, most: PerRow, sizes: PerRow, pairs: bool
-) -> dict[str, Tensor]:
-    chosen = {field: value.clone() for field, value in sizes.items()}
-    fill(space, target, chosen, most, wishes=wishes, pairs=pairs)
-    return chosen
+def check(space: Space, target: Target) -> None:
+    """Raises `TargetError`, which names the least that can be asked for, when even the smallest sizes cost more."""
+    least = space.smallest()
+    if target.of_sizes(space, least) > 1:
+        _snap(space, least, space.largest(), least)
+        more = ", or allow more axes" if len(space.knobs) <= len(space.anatomy.axes) else ""
+        raise TargetError(
+            f"no member can keep the budget {target.name}: the smallest sizes on offer come to "
+            f"{target.met_by(space, least)}, ask for at least that{more}"
+        )
+
+
+def _candidates(
+    space: Space, target: Target, wishes: Wishes, most: PerRow
+) -> Iterator[tuple[list[dict[str, Tensor]], bool]]:
+    """Groups of listed sizes to bring onto the budget, and whether by pairs of moves too; one that works is enough.
+
+    The most promising by the wishes; the same one by one, with pairs; and those near the same part of every axis.
+    """
+    found = _near(space, target, wishes, most)[:TRIED]
+    yield found, False
+    yield from (([sizes], True) for sizes in found)
+    evenly = Wishes.of(space, {field: -value for field, value in even(space, target).items()})
+    yield from (([sizes], True) for sizes in _near(space, target, evenly, most))
+
+
+def _between_sizes(space: Space, target: Target, nearest: PerRow | None) -> TargetError:
+    if nearest is None:
+        return TargetError(f"no sizes near the budget {target.name} are taken by the config: allow more axes")
+    return TargetError(
+        f"the budget {target.name} falls between the sizes that this model can take: the nearest that is met is "
+        f"{target.met_by(space, nearest)}, ask for that or allow more axes"
+    )
 
 
 @dataclass(frozen=True)
@@ -212,23 +233,29 @@ def _costs(space: Space, target: Target, chosen: PerRow, field: str, row: int, s
     return last + (first - last) * (sizes - sizes[-1]) / (sizes[0] - sizes[-1])
 
 
-def fill(
+def fill(space: Space, target: Target, chosen: dict[str, Tensor], at_most: PerRow, at_least: PerRow) -> None:
+    """Move sizes by units, between two others, until the budget is met. Raises `TargetError` as `harden` does."""
+    left = _moved(space, target, chosen, at_most, at_least)
+    if left is None or abs(left) > TOLERANCE:
+        raise _between_sizes(space, target, None if left is None else chosen)
+
+
+def _moved(
     space: Space,
     target: Target,
     chosen: dict[str, Tensor],
-    at_most: PerRow | None = None,
-    at_least: PerRow | None = None,
+    most: PerRow,
+    least: PerRow,
     wishes: Wishes | None = None,
     pairs: bool = True,
-) -> None:
-    """Move sizes by units until the budget is met: the move that leaves least, of equals that with the least loss.
+) -> float | None:
+    """Move sizes by units: the move that leaves least of the gap, of equals that with the least loss.
 
-    at_most, at_least: sizes not to go beyond, those on offer unless given. wishes: what a move loses by; its size in
-    proportion unless given. pairs: also move two sizes at once where no single move helps. Raises `TargetError` as
-    `harden` does.
+    Returns what is left of the gap as a part of the budget; None if the config takes no sizes near these. wishes: what
+    a move loses by; its size in proportion unless given. pairs: also move two sizes at once where no single move helps.
     """
-    most, least = dict(at_most or space.largest()), dict(at_least or space.smallest())
-    _snap(space, target, chosen, most, least)
+    if not _snap(space, chosen, most, least):
+        return None
     for grain in (8, 4, 2, 1):
         while abs(target.of_sizes(space, chosen) - 1) > CLOSE:
             before = abs(target.of_sizes(space, chosen) - 1)
@@ -239,26 +266,21 @@ def fill(
             chosen[taken[2]][taken[3]] = taken[4]
     if pairs and abs(target.of_sizes(space, chosen) - 1) > CLOSE:
         _fill_by_pairs(space, target, chosen, most, least)
-    left = target.of_sizes(space, chosen) - 1
-    if abs(left) > TOLERANCE:
-        raise TargetError(
-            f"the budget {target.name} falls between the sizes that this model can take: the nearest is {left:+.1%} "
-            f"off, ask for that or allow more axes"
-        )
+    return target.of_sizes(space, chosen) - 1
 
 
-def _snap(space: Space, target: Target, chosen: dict[str, Tensor], most: PerRow, least: PerRow) -> None:
-    """Sizes that the config class refuses together: move one of those with one decision to the nearest it takes."""
+def _snap(space: Space, chosen: dict[str, Tensor], most: PerRow, least: PerRow) -> bool:
+    """Whether the config class takes these sizes, or with one that has one decision moved to the nearest it takes."""
     if _legal(space, chosen):
-        return
+        return True
     single = [field for field, knob in space.knobs.items() if len(knob.rows) == 1 and knob.letter is not None]
     for by in range(1, SNAP):
         for field in single:
             for size in (int(chosen[field]) - by, int(chosen[field]) + by):
                 if int(least[field]) <= size <= int(most[field]) and _legal(space, chosen, field, 0, size):
                     chosen[field] = torch.tensor([size])
-                    return
-    raise TargetError(f"no sizes near {dict(space.shape(chosen))} are taken by the config: cut fewer axes")
+                    return True
+    return False
 
 
 def _fill_by_pairs(space: Space, target: Target, chosen: dict[str, Tensor], most: PerRow, least: PerRow) -> None:

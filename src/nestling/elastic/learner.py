@@ -31,7 +31,18 @@ from nestling.elastic.target import Target, project
 from nestling.evaluate.score import token_losses
 from nestling.ranking import Ranking
 from nestling.surgery.choose import choose
-from nestling.train import Head, Learner, Objective, logit_losses, model_inputs, recompute, recomputes
+from nestling.train import (
+    Head,
+    Learner,
+    LogitLosses,
+    Objective,
+    Student,
+    model_inputs,
+    recompute,
+    recomputes,
+    shared_losses,
+)
+from nestling.train.sharding import gathered
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,8 @@ class ElasticLearner(Learner):
     lose, for each budget (see `prior`); `even` unless given. text: batches to settle between shapes on.
     """
 
+    gathers_all = True  # members are windows on whole matrices
+
     def __init__(
         self,
         parent: PreTrainedModel,
@@ -73,9 +86,9 @@ class ElasticLearner(Learner):
         super().__init__(parent, teacher)
         self.plan, self.settings = plan, settings
         self.text = text
-        self.router = Router(
-            plan.space, losses or [even(plan.space, target) for target in plan.targets], seed=settings.seed
-        )
+        known = losses or [even(plan.space, target) for target in plan.targets]
+        dtype = torch.promote_types(parent.dtype, torch.float32)  # that of all that is trained, for sharding
+        self.router = Router(plan.space, known, seed=settings.seed, dtype=dtype)
         self.rates = {"router.": settings.router_learning_rate / settings.learning_rate}
         rows = sum(len(knob.rows) for knob in plan.space.knobs.values())
         self.sizes: Tensor
@@ -108,7 +121,8 @@ class ElasticLearner(Learner):
         They are what the router wishes for, without noise, what was known before it learned, and the same part of
         every axis. Without text it is the router's.
         """
-        found = processes.tensors(lambda: {str(number): sizes for number, sizes in enumerate(self._settled())})
+        with gathered(self):
+            found = processes.tensors(lambda: {str(number): sizes for number, sizes in enumerate(self._settled())})
         counts = [len(knob.rows) for knob in self.plan.space.knobs.values()]
         rows = [found[str(number)].cpu().split(counts) for number in range(len(self.plan.targets))]
         self._fix([dict(zip(self.plan.space.knobs, row, strict=True)) for row in rows])
@@ -170,10 +184,9 @@ class ElasticLearner(Learner):
             step.taught = self.teach(inputs)
         if self.settled:
             connect([self._member(number) for number in self._weights() if number >= 0])
-        for number, weight in self._weights().items():
-            if number >= 0 or self.settings.teacher != "trainable":
-                loss, parts[self._label(number)] = self._member_loss(number, step)
-                losses.append(weight * loss)
+        for label, found in self._member_losses(step).items():
+            losses.append(found.loss)
+            parts[label] = found.cross_entropy if self.settings.teacher == "none" else found.divergence
         return {"loss": torch.stack(losses).sum() + self._unused(), **parts}
 
     def _teach_itself(self, step: _Step) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,15 +197,21 @@ class ElasticLearner(Learner):
         self._used |= {id(p) for p in self.student.parameters()}
         return hidden.detach(), losses.loss, losses.cross_entropy
 
-    def _member_loss(self, number: int, step: _Step) -> tuple[Tensor, Tensor]:
-        """A member's loss, and the part of it that is worth a record."""
+    def _member_losses(self, step: _Step) -> dict[str, LogitLosses]:
+        """The weighted losses of this step's members, which share one pass of the teacher's head."""
+        trainable, students = self.settings.teacher == "trainable", {}
+        for number, weight in self._weights().items():
+            if number >= 0 or not trainable:
+                with self._running(number) as model:
+                    hidden = decoder(model)(**step.inputs).last_hidden_state
+                    head = Head(logits_head(model), (_output_weight(model),))
+                students[self._label(number)] = Student(hidden, head, weight)
+        if not students:
+            return {}
+        teaches = logits_head(self.student) if trainable else self._teacher_head
         objective = self.settings.objective()
-        teaches = logits_head(self.student) if self.settings.teacher == "trainable" else self._teacher_head
-        with self._running(number) as model:
-            hidden = decoder(model)(**step.inputs).last_hidden_state
-            head = Head(logits_head(model), (_output_weight(model),))
-            losses = logit_losses(hidden, head, step.taught, teaches, step.labels, objective, count=step.count)
-        return losses.loss, losses.cross_entropy if self.settings.teacher == "none" else losses.divergence
+        found = shared_losses([*students.values()], step.taught, teaches, step.labels, objective, count=step.count)
+        return dict(zip(students, found, strict=True))
 
     def _weights(self) -> dict[int, float]:
         """Members of this step (-1 is the parent) and the weights of their losses."""

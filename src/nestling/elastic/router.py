@@ -30,14 +30,21 @@ class Router(nn.Module):
     seed: of the initial weights; the generator that everything else uses is left alone.
     """
 
-    def __init__(self, space: Space, losses: Sequence[PerChoice], width: int = 128, seed: int = 0):
+    def __init__(
+        self,
+        space: Space,
+        losses: Sequence[PerChoice],
+        width: int = 128,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__()
         budgets = len(losses)
         self._shapes = {field: tuple(knob.sizes.shape) for field, knob in space.knobs.items()}
         generator = torch.Generator().manual_seed(seed)
 
         def weight(*size: int) -> nn.Parameter:
-            return nn.Parameter(SPREAD * torch.randn(*size, generator=generator))
+            return nn.Parameter(SPREAD * torch.randn(*size, generator=generator).to(dtype))
 
         for field in self._shapes:
             known = -TRUST * torch.stack([loss[field] for loss in losses])

@@ -80,8 +80,6 @@ class ElasticSettings(TrainSettings):
             raise NestlingError(f"routing {self.routing} is not a part of the steps: give a number from 0 to 1")
         if not (self.tau_end > 0 and self.tau_start > 0 and self.scale_end > 0 and self.router_learning_rate > 0):
             raise NestlingError("tau_start, tau_end, scale_end and router_learning_rate must be above 0")
-        if self.fsdp:
-            raise NestlingError("members are windows on whole matrices, which fsdp cuts up: leave it off here")
         if not HOOKS_STAY_OUT:
             if self.gradient_checkpointing:
                 raise NestlingError("transformers 5.24 or later is needed to recompute activations here: upgrade it")

@@ -13,13 +13,14 @@ ever learns to move along the budget. Sizes at the end are found by `nestling.el
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from nestling.budget import LATENCY, Budget
+from nestling.budget import LATENCY, Budget, Limit
 from nestling.elastic.bill import Bill, Sizes
 from nestling.elastic.space import PerChoice, PerRow, Space
 from nestling.elastic.timed import Latency, Law, form_of
@@ -59,6 +60,8 @@ class Target:
             else:
                 whole = latency(fit(bill.anatomy, {}, check_config=False))
             limits[metric] = limit.of(whole)
+            if not whole:
+                raise TargetError(f"the parent has no {metric.removesuffix('_bytes')} to limit: leave {metric} out")
             if limits[metric] >= whole:
                 raise TargetError(
                     f"the budget {metric}={limit} is not below the parent's {whole:,.4g}: ask for less, such as 0.75x"
@@ -81,19 +84,29 @@ class Target:
 
     def of_sizes(self, space: Space, chosen: PerRow) -> float:
         """The part of the budget that chosen sizes `[rows]` use."""
-        sizes, gates = space.exactly(chosen)
-        used = [self.bill(m, sizes, gates).item() / most for m, most in self.limits.items() if m != LATENCY]
-        if LATENCY in self.limits and self.latency is not None:
-            used.append(self.latency(form_of(space, chosen)) / self.limits[LATENCY])
-        return max(used)
+        return max(cost / self.limits[metric] for metric, cost in self._costs(space, chosen).items())
 
-    def check(self, space: Space) -> None:
-        """Raises `TargetError` when even the smallest sizes cost more."""
-        least = self.of_sizes(space, space.smallest())
-        if least > 1:
-            raise TargetError(
-                f"no member can keep the budget {self.name}: the smallest sizes on offer still cost {least:.2f} of it"
-            )
+    def met_by(self, space: Space, chosen: PerRow) -> str:
+        """The budget that chosen sizes `[rows]` use up, as `--to` has it: what they exceed and the tightest differ."""
+        used = {metric: cost / self.limits[metric] for metric, cost in self._costs(space, chosen).items()}
+        most, limits = max(used.values()), {}
+        for metric, limit in Budget.parse(self.name).limits.items():
+            part = used[metric] if used[metric] > 1 or used[metric] == most else 1.0
+            limits[metric] = Limit(_rounded_up(limit.value * part), limit.relative)
+        return str(Budget(limits))
+
+    def _costs(self, space: Space, chosen: PerRow) -> dict[str, float]:
+        sizes, gates = space.exactly(chosen)
+        costs = {metric: self.bill(metric, sizes, gates).item() for metric in self.limits if metric != LATENCY}
+        if LATENCY in self.limits and self.latency is not None:
+            costs[LATENCY] = self.latency(form_of(space, chosen))
+        return costs
+
+
+def _rounded_up(value: float) -> float:
+    """To four digits, so that a limit is not below what it was made of."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 3)
+    return float(f"{math.ceil(value / unit * (1 - 1e-12)) * unit:.4g}")
 
 
 @dataclass(frozen=True)

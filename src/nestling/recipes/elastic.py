@@ -75,7 +75,7 @@ def elastic_train(settings: ElasticTrain) -> dict[str, Any]:
     Raises a `NestlingError` for anything wrong with the settings before any long work starts.
     """
     names = budgets(settings.to)
-    source = Source.open(settings)
+    source = Source.open(replace(settings, device=settings.device or "cpu") if settings.train.fsdp else settings)
     latency = _latency(source, names, settings)
     check(Anatomy.of(source.model), names, settings.train, latency)
     run = Run("elastic train", settings, settings.out, settings.overwrite)

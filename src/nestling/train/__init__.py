@@ -4,7 +4,16 @@ from nestling.train.causal import CausalLM
 from nestling.train.divergences import DIVERGENCES, TopK, divergence, top_k
 from nestling.train.fit import fit, recompute, recomputes
 from nestling.train.learner import Learner, model_inputs, own_dtype
-from nestling.train.losses import CROSS_ENTROPY, IGNORE, Head, LogitLosses, Objective, logit_losses
+from nestling.train.losses import (
+    CROSS_ENTROPY,
+    IGNORE,
+    Head,
+    LogitLosses,
+    Objective,
+    Student,
+    logit_losses,
+    shared_losses,
+)
 from nestling.train.rows import Rows, collate, rows_of
 from nestling.train.settings import (
     MICRO_TOKENS,
@@ -31,6 +40,7 @@ __all__ = [
     "Objective",
     "Rows",
     "Split",
+    "Student",
     "TopK",
     "TrainSettings",
     "collate",
@@ -43,6 +53,7 @@ __all__ = [
     "recompute",
     "recomputes",
     "rows_of",
+    "shared_losses",
     "split_batch",
     "top_k",
     "training_arguments",

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from nestling.errors import CheckpointError
@@ -26,6 +28,7 @@ from nestling.runs import difference, plain, whole
 
 SEAL = "complete.json"
 PREFIX = "checkpoint-"
+NUMBERS_SEEN = 64  # of each tensor of a model
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,18 @@ def fingerprint(*values: Any) -> str:
     """A short digest of plain values."""
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def fingerprint_of(model: nn.Module, weights: bool = True) -> str:
+    """A short digest of a model: names and sizes of its tensors, and a few numbers of each unless told not to."""
+    sizes = [(name, list(parameter.shape)) for name, parameter in model.named_parameters()]
+    return fingerprint(sizes, *([[_some(p) for p in model.parameters()]] if weights else []))
+
+
+def _some(weights: torch.Tensor) -> list[float]:
+    """Numbers spread over a tensor."""
+    flat = weights.detach().flatten()
+    return flat[:: max(1, len(flat) // NUMBERS_SEEN)].float().tolist()
 
 
 class Seal(TrainerCallback):

@@ -24,7 +24,7 @@ from nestling.anatomy import suited_scans
 from nestling.errors import CheckpointError
 from nestling.runs import held
 from nestling.train.callbacks import MetricsLog, ShowProgress, StopOnInterrupt
-from nestling.train.checkpoints import Making, Seal, clear, fingerprint, newest
+from nestling.train.checkpoints import Making, Seal, clear, fingerprint, fingerprint_of, newest
 from nestling.train.held_out import held_out
 from nestling.train.learner import Learner
 from nestling.train.rows import Rows, collate, rows_of
@@ -34,7 +34,6 @@ from nestling.train.trainer import LearnerTrainer
 
 CHECKPOINTS = "checkpoints"
 ROWS_SEEN = 8  # by which data is told apart
-NUMBERS_SEEN = 64  # of each tensor of a teacher
 
 
 def fit(
@@ -120,20 +119,10 @@ def _making(learner: Learner, rows: Rows, settings: TrainSettings) -> Making:
     """
     student, teacher = learner.student, learner.teacher
     some = [rows[i * len(rows) // ROWS_SEEN]["input_ids"].tolist() for i in range(ROWS_SEEN)]
-    parts = {"student": fingerprint(_sizes(student)), "data": fingerprint(len(rows), some)}
+    parts = {"student": fingerprint_of(student, weights=False), "data": fingerprint(len(rows), some)}
     if teacher is not None:
-        parts["teacher"] = fingerprint(_sizes(teacher), [_some(p) for p in teacher.parameters()])
+        parts["teacher"] = fingerprint_of(teacher)
     return Making(settings, parts)
-
-
-def _sizes(model: PreTrainedModel) -> list[Any]:
-    return [(name, list(p.shape)) for name, p in model.named_parameters()]
-
-
-def _some(weights: torch.Tensor) -> list[float]:
-    """Numbers spread over a tensor."""
-    flat = weights.detach().flatten()
-    return flat[:: max(1, len(flat) // NUMBERS_SEEN)].float().tolist()
 
 
 def _resume_from(checkpoints: Path, making: Making, resume: bool) -> Path | None:

@@ -27,11 +27,13 @@ class Learner(nn.Module):
     student: trained, and what a checkpoint's folder holds as `save_pretrained` writes it. Other submodules and buffers
     of a learner (routers, projections, dual variables) are trained and checkpointed beside it. teacher: called without
     gradients, in its own dtype. rates: for parameters whose name in the learner begins so, a multiple of the
-    learning rate.
+    learning rate. gathers_all: whether its forward pass reads weights elsewhere than in the layers that have them, so
+    that sharding must gather all of them at once.
     """
 
     accepts_loss_kwargs = True  # `Trainer` passes num_items_in_batch, and does not divide by accumulation steps
     rates: Mapping[str, float] = {}
+    gathers_all = False
     is_sharded = False  # while `nestling.train.sharding` has spread it over the processes
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None = None):

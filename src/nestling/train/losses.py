@@ -10,9 +10,11 @@ those of the plain computation. Knows hidden states and heads, no models.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -63,29 +65,30 @@ class Objective:
                 f"{1 if self.remaining_mass else 2}"
             )
 
-    def terms(self, student: Tensor, teacher: Tensor | TopK | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def terms(self, student: Tensor, taught: Tensor | TopK | None, targets: Tensor) -> tuple[Tensor, Tensor]:
         """D and cross-entropy of each token `[tokens]`, from float logits `[tokens, vocab]` and targets `[tokens]`.
 
-        teacher: logits, or what was kept of its distribution at this temperature. Without one D is 0.
+        taught: what is asked of the student, see `taught`, or what was kept of it. Without it D is 0.
         """
         tau = self.temperature
         log_student = F.log_softmax(student / tau if tau != 1 else student, dim=-1)
-        apart = torch.zeros_like(log_student[:, 0]) if teacher is None else self._apart(log_student, teacher)
+        apart = torch.zeros_like(log_student[:, 0]) if taught is None else self._apart(log_student, taught)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.ce_weight > 0):
             log_plain = log_student if tau == 1 else F.log_softmax(student, dim=-1)
             cross_entropy = F.nll_loss(log_plain, targets, reduction="none")
         return apart * tau**2 if self.scale_by_temperature else apart, cross_entropy
 
-    def _apart(self, log_student: Tensor, teacher: Tensor | TopK) -> Tensor:
+    def taught(self, teacher: Tensor) -> Tensor | TopK:
+        """The teacher's logits `[tokens, vocab]` as what students are compared with: log-probabilities, or some."""
+        log_teacher = F.log_softmax(teacher / self.temperature if self.temperature != 1 else teacher, dim=-1)
+        return top_k(log_teacher, self.top_k) if 0 < self.top_k < log_teacher.shape[-1] else log_teacher
+
+    def _apart(self, log_student: Tensor, taught: Tensor | TopK) -> Tensor:
         measure = DIVERGENCES[self.divergence]
-        if isinstance(teacher, Tensor):
-            teacher = teacher / self.temperature if self.temperature != 1 else teacher
-            log_teacher = F.log_softmax(teacher, dim=-1)
-            if not 0 < self.top_k < log_teacher.shape[-1]:
-                return measure(log_student, log_teacher)
-            teacher = top_k(log_teacher, self.top_k)
-        rest = self.remaining_mass and teacher.indices.shape[-1] < log_student.shape[-1]
-        return measure(at(log_student, teacher.indices, rest), teacher.log_distribution(rest))
+        if isinstance(taught, Tensor):
+            return measure(log_student, taught)
+        rest = self.remaining_mass and taught.indices.shape[-1] < log_student.shape[-1]
+        return measure(at(log_student, taught.indices, rest), taught.log_distribution(rest))
 
 
 CROSS_ENTROPY = Objective(kd_weight=0.0, ce_weight=1.0)
@@ -102,8 +105,16 @@ class Head:
         return self.function(hidden)
 
 
+class Student(NamedTuple):
+    """Last states `[..., hidden]`, the head that makes logits of them, and the weight of the loss."""
+
+    hidden: Tensor
+    head: Head
+    weight: float = 1.0
+
+
 class LogitLosses(NamedTuple):
-    """Means over real tokens, scalars: the loss (differentiable), and the values of its two parts, without weights.
+    """Means over real tokens, scalars: the weighted loss (differentiable), and the plain values of its two parts.
 
     tokens: D of each position, in the shape of the targets, not divided by the count; 0 where it does not count.
     """
@@ -133,14 +144,32 @@ def logit_losses(
     nothing. count: what sums are divided by (all real tokens of an accumulated batch); the targets here unless given.
     chunk_tokens: tokens whose logits exist at once.
     """
+    students = [Student(hidden, head)]
+    return shared_losses(
+        students, teacher_hidden, teacher_head, targets, objective, count=count, chunk_tokens=chunk_tokens
+    )[0]
+
+
+def shared_losses(
+    students: Sequence[Student],
+    teacher_hidden: Tensor | TopK | None,
+    teacher_head: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    objective: Objective | None = None,
+    *,
+    count: Tensor | float | None = None,
+    chunk_tokens: int | None = None,
+) -> list[LogitLosses]:
+    """As `logit_losses`, of several students of one teacher, whose distributions are made once for all of them."""
     counted = targets != IGNORE
-    rows, wanted = hidden[counted], targets[counted]
+    wanted = targets[counted]
     if isinstance(teacher_hidden, TopK):
         teacher_rows: Tensor | TopK | None = teacher_hidden.map(lambda kept: kept[counted])
     else:
         teacher_rows = teacher_hidden.detach()[counted] if teacher_hidden is not None else None
     work = _Work(
-        head=head,
+        heads=[student.head for student in students],
+        weights=[student.weight for student in students],
         teacher=teacher_rows,
         teacher_head=teacher_head,
         targets=wanted,
@@ -149,15 +178,20 @@ def logit_losses(
         chunk_tokens=chunk_tokens,
         differentiate=torch.is_grad_enabled(),
     )
-    loss, apart, cross_entropy, each = _Chunked.apply(work, rows, *head.parameters)
-    return LogitLosses(loss, apart, cross_entropy, each.new_zeros(targets.shape).masked_scatter(counted, each))
+    given = itertools.chain.from_iterable((one.hidden[counted], *one.head.parameters) for one in students)
+    found = iter(_Chunked.apply(work, *given))
+    return [
+        LogitLosses(*parts, each.new_zeros(targets.shape).masked_scatter(counted, each))
+        for *parts, each in zip(found, found, found, found, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
 class _Work:
     """Everything of one call that is not differentiated; rows are real tokens only."""
 
-    head: Head
+    heads: Sequence[Head]
+    weights: Sequence[float]
     teacher: Tensor | TopK | None
     teacher_head: Callable[[Tensor], Tensor]
     targets: Tensor
@@ -166,34 +200,27 @@ class _Work:
     chunk_tokens: int | None
     differentiate: bool
 
-    def run(self, hidden: Tensor, wanted: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Means (loss, D, cross-entropy) `[3]`, D of each row, the gradients of `hidden` and of those `wanted`."""
-        sums = torch.zeros(3, dtype=_wide(hidden.dtype), device=hidden.device)
-        each = torch.zeros(len(hidden), dtype=sums.dtype, device=hidden.device)
-        of_hidden = torch.zeros_like(hidden)
-        of_wanted: list[Tensor] = []
-        for start, stop in pairwise(self._bounds(hidden)):
-            with torch.set_grad_enabled(self.differentiate):
-                rows = hidden[start:stop].detach().requires_grad_(self.differentiate)
-                apart, cross_entropy = self._terms(rows, start, stop)
-                parts = apart.sum() / self.count, cross_entropy.sum() / self.count
-                loss = self.objective.kd_weight * parts[0] + self.objective.ce_weight * parts[1]
-                if self.differentiate:
-                    first, *others = torch.autograd.grad(loss, [rows, *wanted])
-                    of_hidden[start:stop] = first
-                    of_wanted = _added(of_wanted, others)
-            each[start:stop] = apart.detach()
-            sums += torch.stack([term.detach() for term in (loss, *parts)])
-        return sums, each, [of_hidden, *(of_wanted or map(torch.zeros_like, wanted))]
+    def run(self, tensors: Sequence[Tensor], learns: Sequence[bool]) -> list[_Sums]:
+        """What comes of each student, from its rows `[tokens, hidden]` and its head's parameters, one after another.
 
-    def _terms(self, rows: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        logits = self.head(rows)
-        teacher, wide = self._taught(start, stop, _wide(logits.dtype))
-        return self.objective.terms(logits.to(wide), teacher, self.targets[start:stop])
+        learns: which of them want a gradient.
+        """
+        sums, place = [], 0
+        for head, weight in zip(self.heads, self.weights, strict=True):
+            end = place + 1 + len(head.parameters)
+            wanted = [tensors[i] for i in range(place + 1, end) if learns[i]]
+            sums.append(_Sums(tensors[place], head, weight, wanted))
+            place = end
+        wide = functools.reduce(torch.promote_types, (_wide(own.rows.dtype) for own in sums))
+        for start, stop in pairwise(self._bounds(sums[0].rows)):
+            taught, dtype = self._taught(start, stop, wide)
+            for own in sums:
+                own.add(self, start, stop, taught, dtype)
+        return sums
 
     @torch.no_grad()
     def _taught(self, start: int, stop: int, wide: torch.dtype) -> tuple[Tensor | TopK | None, torch.dtype]:
-        """The teacher's logits of some rows, or what was kept of them, and the dtype to compute the loss in."""
+        """What some rows are compared with, and the dtype to compute their losses in."""
         if self.teacher is None:
             return None, wide
         if isinstance(self.teacher, TopK):
@@ -201,41 +228,82 @@ class _Work:
             return kept.to(self.targets.device, torch.promote_types(wide, kept.log_probs.dtype)), wide
         logits = self.teacher_head(self.teacher[start:stop])
         wide = torch.promote_types(wide, _wide(logits.dtype))
-        return logits.to(wide), wide
+        return self.objective.taught(logits.to(wide)), wide
 
     def _bounds(self, hidden: Tensor) -> list[int]:
         """Where chunks begin and end: as few as the limit allows, all of about the same size."""
-        vocab = max((parameter.shape[0] for parameter in self.head.parameters), default=2**16)
+        sizes = [parameter.shape[0] for head in self.heads for parameter in head.parameters]
         numbers = CHUNK_NUMBERS.get(hidden.device.type, CHUNK_NUMBERS_ELSEWHERE)
-        chunks = -(-len(hidden) // (self.chunk_tokens or max(1, numbers // vocab)))
+        chunks = -(-len(hidden) // (self.chunk_tokens or max(1, numbers // max(sizes, default=2**16))))
         return [len(hidden) * i // chunks for i in range(chunks + 1)] if chunks else []
 
 
+class _Sums:
+    """One student's rows, and what has come of them so far.
+
+    means: loss, D and cross-entropy `[3]`. each: D of each row. of_rows, of_wanted: gradients of the rows, and of those
+    of its head's parameters that learn.
+    """
+
+    def __init__(self, rows: Tensor, head: Head, weight: float, wanted: Sequence[Tensor]):
+        self.rows, self.head, self.weight, self.wanted = rows, head, weight, wanted
+        self.means = torch.zeros(3, dtype=_wide(rows.dtype), device=rows.device)
+        self.each = torch.zeros(len(rows), dtype=self.means.dtype, device=rows.device)
+        self.of_rows = torch.zeros_like(rows)
+        self.of_wanted: list[Tensor] = []
+
+    def add(self, work: _Work, start: int, stop: int, taught: Tensor | TopK | None, wide: torch.dtype) -> None:
+        """The loss of some rows, differentiated at once; their logits are gone afterwards."""
+        objective, differentiate = work.objective, work.differentiate
+        with torch.set_grad_enabled(differentiate):
+            rows = self.rows[start:stop].detach().requires_grad_(differentiate)
+            apart, cross_entropy = objective.terms(self.head(rows).to(wide), taught, work.targets[start:stop])
+            parts = apart.sum() / work.count, cross_entropy.sum() / work.count
+            loss = self.weight * (objective.kd_weight * parts[0] + objective.ce_weight * parts[1])
+            if differentiate:
+                self.of_rows[start:stop], *others = torch.autograd.grad(loss, [rows, *self.wanted])
+                self.of_wanted = _added(self.of_wanted, others)
+        self.each[start:stop] = apart.detach()
+        self.means += torch.stack([term.detach() for term in (loss, *parts)])
+
+    def gradients(self) -> list[Tensor]:
+        return [self.of_rows, *(self.of_wanted or map(torch.zeros_like, self.wanted))]
+
+
 class _Chunked(torch.autograd.Function):
-    """Computes the gradients in the forward pass, while a chunk's logits are there, and hands them out in backward."""
+    """Computes the gradients in the forward pass, while a chunk's logits are there, and hands them out in backward.
+
+    A student's rows and its head's parameters, then the next one's -> loss, D, cross-entropy, and D of each row.
+    """
 
     @staticmethod
-    def forward(ctx: Any, work: _Work, hidden: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.learns = list(ctx.needs_input_grad[2:])
-        wanted = [parameter for parameter, learns in zip(parameters, ctx.learns, strict=True) if learns]
-        means, each, gradients = work.run(hidden, wanted)
-        ctx.gradients = gradients if work.differentiate else None
-        ctx.dtypes = [hidden.dtype, *(parameter.dtype for parameter in wanted)]
-        loss, apart, cross_entropy = (mean.clone() for mean in means)  # no views: callers may scale them in place
-        ctx.mark_non_differentiable(apart, cross_entropy, each)
-        return loss, apart, cross_entropy, each
+    def forward(ctx: Any, work: _Work, *tensors: Tensor) -> tuple[Tensor, ...]:
+        rows = set(accumulate((1 + len(head.parameters) for head in work.heads[:-1]), initial=0))
+        ctx.learns = [place in rows or wants for place, wants in enumerate(ctx.needs_input_grad[1:])]
+        sums = work.run(tensors, ctx.learns)
+        ctx.gradients = [own.gradients() for own in sums] if work.differentiate else None
+        ctx.dtypes = [tensor.dtype for tensor, learns in zip(tensors, ctx.learns, strict=True) if learns]
+        outputs, plain = [], []
+        for own in sums:
+            loss, *rest = (mean.clone() for mean in own.means)  # no views: callers may scale them in place
+            outputs += [loss, *rest, own.each]
+            plain += [*rest, own.each]
+        ctx.mark_non_differentiable(*plain)
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *scales: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the chunked loss can be differentiated once: call it again for another backward pass")
-        gradients, ctx.gradients = ctx.gradients, None
-        if scale != 1:  # a pass over the head's whole gradient that is rarely needed
-            gradients = [gradient.mul_(scale) for gradient in gradients]
-        scaled = [gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
-        of_hidden, rest = scaled[0], iter(scaled[1:])
-        return None, of_hidden, *(next(rest) if learns else None for learns in ctx.learns)
+        found, ctx.gradients = ctx.gradients, None
+        scaled = []
+        for gradients, scale in zip(found, scales[::4], strict=True):  # a loss and three values for each student
+            if scale != 1:  # a pass over the head's whole gradient that is rarely needed
+                gradients = [gradient.mul_(scale) for gradient in gradients]
+            scaled += gradients
+        rest = iter([gradient.to(dtype) for gradient, dtype in zip(scaled, ctx.dtypes, strict=True)])
+        return None, *(next(rest) if learns else None for learns in ctx.learns)
 
 
 def _added(totals: list[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:

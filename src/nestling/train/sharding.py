@@ -49,6 +49,18 @@ def sharded(learner: Learner, device: torch.device, bf16: bool) -> Iterator[None
         _gather_rest(learner)
 
 
+@contextmanager
+def gathered(learner: Learner) -> Iterator[None]:
+    """While open, the weights that the learner's own forward pass gathers are whole; every process must enter this."""
+    if learner.is_sharded:
+        learner.unshard()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        if learner.is_sharded:
+            learner.reshard()  # type: ignore[operator]
+
+
 # ---- apart
 
 
@@ -61,9 +73,12 @@ def _shard(learner: Learner, device: torch.device, bf16: bool) -> None:
     exact = MixedPrecisionPolicy()
     models = [model for model in (learner.student, learner.teacher) if model is not None]
     trained = [model for model in models if any(model is module for module in learner.modules())]
-    for model in trained:
-        for layer in Anatomy.of(model).layers(model):
-            fully_shard(layer, mesh=mesh, mp_policy=half if bf16 and not _stays_wide(model, layer) else exact)
+    layers = [(layer, _stays_wide(model, layer)) for model in trained for layer in Anatomy.of(model).layers(model)]
+    if learner.gathers_all:
+        bf16 = bf16 and not any(wide for _, wide in layers)
+    else:
+        for layer, wide in layers:
+            fully_shard(layer, mesh=mesh, mp_policy=half if bf16 and not wide else exact)
     fully_shard(learner, mesh=mesh, mp_policy=half if bf16 else exact, ignored_params=_scalars(learner, device))
     if len(trained) < len(models):  # the teacher is not corrected along
         for layer in Anatomy.of(models[-1]).layers(models[-1]):
