@@ -26,12 +26,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from transformers import PreTrainedModel
 
 from nestling import Family, evaluate, hub
 from nestling.anatomy import Anatomy
 from nestling.elastic import ElasticLearner, ElasticSettings, Entry
 from nestling.elastic.controls import uniform
+from nestling.elastic.member import Blocks, Member
 from nestling.elastic.train import make_plan
 
 RESULT = Path(__file__).parents[1] / "results/elastic/members.json"
@@ -102,13 +104,26 @@ def resident_bytes() -> int:
 
 
 def decoding(family: Family) -> dict[str, Any]:
-    """Tokens per second of a member and of its extracted checkpoint, measured in turns."""
+    """Speeds of every member beside its extracted checkpoint, in turns; `packed`: the member without gaps in memory."""
     rows = {}
     for name in BUDGETS:
-        pair: dict[str, PreTrainedModel] = {"member": family[name], "extracted": family.extract(name)}
-        found = evaluate.speed(pair, prompt_tokens=32, new_tokens=24)
+        arms = {"member": family[name], "packed": packed(family, name), "extracted": family.extract(name)}
+        found = evaluate.speed(arms, prompt_tokens=32, new_tokens=24)
         rows[name] = {arm: vars(value) for arm, value in found.items()}
     return rows
+
+
+def packed(family: Family, name: str) -> PreTrainedModel:
+    """A member whose windows are copied out of the parent: the same modules and calls, rows without gaps."""
+    model, copies = Member(family.parent, family.selection(name)).model, {}
+    for module in model.modules():
+        if isinstance(module, Blocks):
+            module.blocks = [[nn.Parameter(block.detach().clone()) for block in row] for row in module.blocks]
+        for attribute, window in module._parameters.items():
+            if window is not None:
+                copies.setdefault(window, nn.Parameter(window.detach().clone(), requires_grad=False))
+                module._parameters[attribute] = copies[window]
+    return model
 
 
 def steps(family: Family, rounds: int) -> list[dict[str, Any]]:
@@ -150,15 +165,16 @@ def show(rows: dict[str, Any]) -> None:
     seen = rows["memory"]
     table.add_row("resident, family over parent", "all", f"{seen['family_bytes'] / seen['parent_bytes']:.4f}")
     for name, arms in rows["decoding"].items():
-        table.add_row("decoding, member over extracted", name, f"{_ratio(arms):.3f}")
+        for arm in ("member", "packed"):
+            table.add_row(f"decoding, {arm} over extracted", name, f"{_ratio(arms, arm):.3f}")
     for row in rows["steps"]:
         took = f"{median(row['seconds']):.2f} s, {row['to_full']:.3f}"
         table.add_row(f"step, teacher {row['teacher']}", row["member"], took)
     Console().print(table)
 
 
-def _ratio(arms: dict[str, Any]) -> float:
-    return arms["member"]["decode_tokens_per_s"] / arms["extracted"]["decode_tokens_per_s"]
+def _ratio(arms: dict[str, Any], arm: str) -> float:
+    return arms[arm]["decode_tokens_per_s"] / arms["extracted"]["decode_tokens_per_s"]
 
 
 def record(rows: dict[str, Any], rounds: int) -> dict[str, Any]:

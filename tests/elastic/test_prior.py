@@ -9,10 +9,10 @@ import torch
 from nestling.anatomy import Anatomy
 from nestling.elastic.bill import Bill
 from nestling.elastic.harden import TOLERANCE, Wishes, harden
-from nestling.elastic.prior import even, measured, probed
+from nestling.elastic.prior import even, measured, probed, probed_once
 from nestling.elastic.settings import ElasticSettings
 from nestling.elastic.target import Target
-from nestling.elastic.train import _priors, make_plan
+from nestling.elastic.train import make_plan
 from nestling.shape import allows
 from nestling.surgery import prune
 from tests.elastic.toy import random_logits, sorted_parent, space_of
@@ -70,17 +70,17 @@ def test_even_losses_ask_for_the_same_part_of_every_axis():
 
 
 def test_probes_in_a_folder_are_taken_from_the_same_run_only(tmp_path, monkeypatch):
-    """Not those of other settings, text, choices or weights, nor of a file that is damaged."""
+    """Not those of other settings, text or weights, nor of a file that is damaged."""
     (model, _), (other, _) = sorted_parent("llama"), sorted_parent("llama", seed=1)
     settings = ElasticSettings(axes="intermediate_size", steps=4)
     made: list[int] = []
-    monkeypatch.setattr("nestling.elastic.train.probed", lambda *given: made.append(1) or probed(*given))
+    monkeypatch.setattr("nestling.elastic.prior.probed", lambda *given: made.append(1) or probed(*given))
 
-    def losses(model=model, text=0, settings=settings, floor="0.9x"):
-        plan = make_plan(Anatomy.of(model), range(4), [floor], settings)
+    def losses(model=model, text=0, settings=settings):
+        plan = make_plan(Anatomy.of(model), range(4), ["0.9x"], settings)
         before, batches = len(made), [token_batches(2, 1, 8)[text]]
-        found = _priors(model, plan, batches, settings, tmp_path, True)
-        return found[0]["intermediate_size"], len(made) - before
+        found = probed_once(model, plan.space, batches, settings, tmp_path, True)
+        return found["intermediate_size"], len(made) - before
 
     first, again = losses(), losses()
     assert torch.equal(first[0], again[0])

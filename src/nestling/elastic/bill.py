@@ -22,7 +22,8 @@ from nestling.errors import TargetError
 
 METRICS = ("params", "active_params", "weight_bytes", "kv_bytes", "state_bytes", "memory_bytes", "flops_per_token")
 Letters = tuple[str, ...]
-# The size of every letter that may shrink in every layer, `[letters, num_layers]`; see `letters_of`.
+# The size of every letter that may shrink in every layer, `[..., letters, num_layers]`; see `letters_of`. With them go
+# gates, the part of each layer that is there, `[..., num_layers]`; a cost is `[...]`, so many shapes cost one call.
 Sizes = Tensor
 
 
@@ -61,13 +62,15 @@ class Table:
         self._factors = torch.stack([f * t.factor for f, t in flat]) if flat else torch.zeros(0, 1, dtype=torch.float64)
 
     def __call__(self, sizes: Sizes, gates: Tensor) -> Tensor:
-        """The cost, a float64 scalar."""
-        lines = [sizes, sizes[self._capped].minimum(self._limits)] if len(self._capped) else [sizes]
-        stacked = torch.cat([*lines, gates[None], torch.ones_like(gates)[None]])
+        """The cost `[...]`, float64."""
+        lines = [sizes, gates[..., None, :], torch.ones_like(gates)[..., None, :]]
+        if len(self._capped):
+            lines.insert(1, sizes[..., self._capped, :].minimum(self._limits))
+        stacked = torch.cat(lines, dim=-2)
         total = self._factors
         for column in self._index.unbind(1):
-            total = total * stacked[column]
-        return total.sum()
+            total = total * stacked[..., column, :]
+        return total.expand(*gates.shape[:-1], *total.shape[-2:]).sum((-2, -1))
 
 
 class Bill:
@@ -103,7 +106,7 @@ class Bill:
         self._tables = {metric: Table(parts, self._letters) for metric, parts in terms.items()}
 
     def __call__(self, metric: str, sizes: Sizes, gates: Tensor) -> Tensor:
-        """One cost, a float64 scalar. Raises `TargetError` for a metric that is not a function of sizes."""
+        """One cost `[...]`, float64. Raises `TargetError` for a metric that is not a function of sizes."""
         if metric not in self._tables:
             raise TargetError(f"'{metric}' cannot be steered to: choose from {', '.join(METRICS)}")
         return self._tables[metric](sizes, gates)

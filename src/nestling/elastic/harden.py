@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ HALVINGS = 12  # of the range of mu
 NEAR = 0.25  # of the budget, how far off sizes may be that are filled up or cut back
 TRIED = 6  # of them
 EVERY = 8000  # choices that are all looked at, rather than the best for some mu
+AT_ONCE = 1000  # of them
 SWEEPS = 8
 TIE = 1e-4  # part that the wish for evenness has, which decides where there is no other
 MOST_MU = 1e9
@@ -42,7 +43,7 @@ def harden(space: Space, target: Target, logits: PerChoice, at_most: PerRow | No
     at_most: sizes of a larger member in which this one shall be nested. Raises `TargetError`, which names the nearest
     budget that is met, when nothing within 1 % of this one is found.
     """
-    most, missed, parent = dict(at_most or space.largest()), [], _key(space.largest())
+    most, missed = dict(at_most or space.largest()), []
     with torch.no_grad():
         tied = {field: TIE * value for field, value in even(space, target).items()}
         wishes = Wishes.of(space, {field: value - tied[field] for field, value in logits.items()})
@@ -51,12 +52,13 @@ def harden(space: Space, target: Target, logits: PerChoice, at_most: PerRow | No
             for sizes in group:
                 chosen = {field: value.clone() for field, value in sizes.items()}
                 left = _moved(space, target, chosen, most, space.smallest(), wishes, pairs)
-                if left is not None and _key(chosen) != parent:
-                    (done if abs(left) <= TOLERANCE else missed).append((abs(left), chosen))
+                if left is not None and abs(left) <= TOLERANCE:
+                    done.append(chosen)
+                elif left is not None:
+                    missed += [chosen, sizes]
             if done:
-                return max((chosen for _, chosen in done), key=wishes)
-    nearest = min(missed, key=lambda one: one[0], default=(0.0, None))[1]
-    raise _between_sizes(space, target, nearest)
+                return max(done, key=wishes)
+    raise _between_sizes(space, target, missed)
 
 
 def check(space: Space, target: Target) -> None:
@@ -78,16 +80,20 @@ def _candidates(
 
     The most promising by the wishes; the same one by one, with pairs; and those near the same part of every axis.
     """
-    found = _near(space, target, wishes, most)[:TRIED]
+    found = [*itertools.islice(_near(space, target, wishes, most), TRIED)]
     yield found, False
     yield from (([sizes], True) for sizes in found)
     evenly = Wishes.of(space, {field: -value for field, value in even(space, target).items()})
     yield from (([sizes], True) for sizes in _near(space, target, evenly, most))
 
 
-def _between_sizes(space: Space, target: Target, nearest: PerRow | None) -> TargetError:
-    if nearest is None:
+def _between_sizes(space: Space, target: Target, seen: Sequence[PerRow]) -> TargetError:
+    """A refusal that names the nearest budget that some sizes meet."""
+    parent = _key(space.largest())
+    taken = [sizes for sizes in seen if _key(sizes) != parent and _legal(space, sizes)]
+    if not taken:
         return TargetError(f"no sizes near the budget {target.name} are taken by the config: allow more axes")
+    nearest = min(taken, key=lambda sizes: abs(target.of_sizes(space, sizes) - 1))
     return TargetError(
         f"the budget {target.name} falls between the sizes that this model can take: the nearest that is met is "
         f"{target.met_by(space, nearest)}, ask for that or allow more axes"
@@ -109,6 +115,16 @@ class Wishes:
         """The sum over all rows."""
         return sum(self.of_size(f, row, int(size)) for f, sizes in chosen.items() for row, size in enumerate(sizes))
 
+    def of_listed(self, flat: Tensor) -> Tensor:
+        """The same for many choices of listed sizes `[shapes, all rows]`: `[shapes]`."""
+        total, start = torch.zeros(len(flat), dtype=torch.float64), 0
+        for field, sizes in self.sizes.items():
+            for row, listed in enumerate(sizes):
+                place = (listed > flat[:, start + row, None]).sum(-1)
+                total += self.logits[field][row, place]
+            start += len(sizes)
+        return total
+
     def of_size(self, field: str, row: int, size: int) -> float:
         """Between two listed sizes, the line between their logits; outside them, the nearest one's."""
         sizes, logits = self.sizes[field][row], self.logits[field][row]
@@ -119,7 +135,7 @@ class Wishes:
         return (logits[below - 1] + part * (logits[below] - logits[below - 1])).item()
 
 
-def _near(space: Space, target: Target, wishes: Wishes, most: PerRow) -> list[dict[str, Tensor]]:
+def _near(space: Space, target: Target, wishes: Wishes, most: PerRow) -> Iterator[dict[str, Tensor]]:
     """Listed sizes near the budget, best first by the wishes they can be hoped to have once they are on it."""
     lists = [
         _allowed(sizes, float(limit)).long().tolist()
@@ -127,24 +143,17 @@ def _near(space: Space, target: Target, wishes: Wishes, most: PerRow) -> list[di
         for sizes, limit in zip(knob.sizes, most[field], strict=True)
     ]
     few = math.prod(map(len, lists)) <= EVERY
-    chosen = [*_every(space, lists)] if few else _by_halving(space, target, wishes, most)
-    costs = torch.stack([target(*space.exactly(sizes)) for sizes in chosen])
-    values = torch.tensor([wishes(sizes) for sizes in chosen], dtype=torch.float64)
+    flat = torch.tensor([*itertools.product(*lists)]) if few else _by_halving(space, target, wishes, most)
+    costs = torch.cat([target(*space.exactly_flat(part)) for part in flat.split(AT_ONCE)])
+    values = wishes.of_listed(flat)
     mu = _halved_in(lambda mu: costs[(values - mu * costs).argmax()].item() - 1)
     far = (costs - 1).abs()
     order = (values - mu * (costs - 1)).argsort(descending=True).tolist()
-    return [chosen[i] for i in order if far[i] <= max(NEAR, far.min().item())]
+    yield from (space.by_knob(flat[i]) for i in order if far[i] <= max(NEAR, far.min().item()))
 
 
-def _every(space: Space, lists: list[list[int]]) -> Iterator[dict[str, Tensor]]:
-    """All choices there are."""
-    counts = [len(knob.rows) for knob in space.knobs.values()]
-    for sizes in itertools.product(*lists):
-        yield dict(zip(space.knobs, torch.tensor(sizes).split(counts), strict=True))
-
-
-def _by_halving(space: Space, target: Target, wishes: Wishes, most: PerRow) -> list[dict[str, Tensor]]:
-    """Sizes that are best for some mu, with mu halved in on the budget, and those a place beside them."""
+def _by_halving(space: Space, target: Target, wishes: Wishes, most: PerRow) -> Tensor:
+    """Sizes `[shapes, all rows]` best for some mu, with mu halved in on the budget, and those a place beside them."""
     seen: dict[tuple[int, ...], dict[str, Tensor]] = {}
 
     def over(mu: float, start: PerRow) -> float:
@@ -157,7 +166,7 @@ def _by_halving(space: Space, target: Target, wishes: Wishes, most: PerRow) -> l
 
     for start in (_within(space, most), space.smallest()):
         _halved_in(lambda mu, start=start: over(mu, start))  # type: ignore[misc]
-    return list(seen.values())
+    return torch.stack([space.flat(sizes) for sizes in seen.values()])
 
 
 def _key(chosen: PerRow) -> tuple[int, ...]:
@@ -166,13 +175,12 @@ def _key(chosen: PerRow) -> tuple[int, ...]:
 
 def _beside(space: Space, chosen: PerRow, most: PerRow) -> Iterator[dict[str, Tensor]]:
     """Sizes that differ in one row, by one place on its list."""
-    for field, knob in space.knobs.items():
-        for row in range(len(knob.rows)):
-            allowed = _allowed(knob.sizes[row], float(most[field][row])).long().tolist()
-            place = allowed.index(int(chosen[field][row]))
-            for other in (place - 1, place + 1):
-                if 0 <= other < len(allowed):
-                    yield _with(chosen, field, row, allowed[other])
+    for field, row in _rows(space):
+        allowed = _allowed(space.knobs[field].sizes[row], float(most[field][row])).long().tolist()
+        place = allowed.index(int(chosen[field][row]))
+        for other in (place - 1, place + 1):
+            if 0 <= other < len(allowed):
+                yield _with(chosen, field, row, allowed[other])
 
 
 def _halved_in(over: Callable[[float], float]) -> float:
@@ -190,18 +198,18 @@ def _halved_in(over: Callable[[float], float]) -> float:
 
 def _best(space: Space, target: Target, wishes: Wishes, most: PerRow, mu: float, start: PerRow) -> dict[str, Tensor]:
     """Listed sizes from which no change of one row gains in V - mu C."""
-    chosen = {field: sizes.clone() for field, sizes in start.items()}
+    flat = space.flat(start).clone()
+    rows = [(f, row, _allowed(space.knobs[f].sizes[row], int(most[f][row])).long()) for f, row in _rows(space)]
     for _ in range(SWEEPS):
-        before = torch.cat([*chosen.values()])
-        for field, knob in space.knobs.items():
-            for row in range(len(knob.rows)):
-                allowed = _allowed(knob.sizes[row], int(most[field][row]))
-                costs = _costs(space, target, chosen, field, row, allowed)
-                logits = wishes.logits[field][row, -len(allowed) :]
-                chosen[field][row] = int(allowed[(logits - mu * costs).argmax()])
-        if torch.equal(torch.cat([*chosen.values()]), before):
+        before = flat.clone()
+        for place, (field, row, allowed) in enumerate(rows):
+            lines = flat.repeat(len(allowed), 1)
+            lines[:, place] = allowed
+            costs = target(*space.exactly_flat(lines))
+            flat[place] = allowed[(wishes.logits[field][row, -len(allowed) :] - mu * costs).argmax()]
+        if torch.equal(flat, before):
             break
-    return chosen
+    return space.by_knob(flat)
 
 
 def _allowed(sizes: Tensor, most: float) -> Tensor:
@@ -219,25 +227,21 @@ def _within(space: Space, most: PerRow) -> dict[str, Tensor]:
     }
 
 
-def _costs(space: Space, target: Target, chosen: PerRow, field: str, row: int, sizes: Tensor) -> Tensor:
-    """What is used of the budget with each size in a row: on the line between the ends, except for depth."""
-
-    def at(size: Tensor) -> Tensor:
-        return target(*space.exactly(_with(chosen, field, row, int(size))))
-
-    if space.knobs[field].letter is None:
-        return torch.stack([at(size) for size in sizes])
-    if len(sizes) == 1:
-        return torch.zeros(1, dtype=torch.float64)
-    first, last = at(sizes[0]), at(sizes[-1])
-    return last + (first - last) * (sizes - sizes[-1]) / (sizes[0] - sizes[-1])
+def _lines(space: Space, chosen: PerRow, changes: Sequence[tuple[str, int, int]]) -> Tensor:
+    """Chosen sizes with one of them changed, for each change: `[changes, all rows]`."""
+    lengths = (len(knob.rows) for knob in space.knobs.values())
+    starts = dict(zip(space.knobs, itertools.accumulate(lengths, initial=0), strict=False))
+    flat = space.flat(chosen).repeat(len(changes), 1)
+    for line, (field, row, size) in zip(flat, changes, strict=True):
+        line[starts[field] + row] = size
+    return flat
 
 
 def fill(space: Space, target: Target, chosen: dict[str, Tensor], at_most: PerRow, at_least: PerRow) -> None:
     """Move sizes by units, between two others, until the budget is met. Raises `TargetError` as `harden` does."""
     left = _moved(space, target, chosen, at_most, at_least)
     if left is None or abs(left) > TOLERANCE:
-        raise _between_sizes(space, target, None if left is None else chosen)
+        raise _between_sizes(space, target, [] if left is None else [chosen])
 
 
 def _moved(
@@ -286,8 +290,7 @@ def _snap(space: Space, chosen: dict[str, Tensor], most: PerRow, least: PerRow) 
 def _fill_by_pairs(space: Space, target: Target, chosen: dict[str, Tensor], most: PerRow, least: PerRow) -> None:
     """Where no single move helps, for models of few and coarse units: one size a little off, and another to match."""
     best, pair = abs(target.of_sizes(space, chosen) - 1), None
-    rows = [(field, row) for field, knob in space.knobs.items() for row in range(len(knob.rows))]
-    for field, row in rows[:PAIRED]:
+    for field, row in itertools.islice(_rows(space), PAIRED):
         for by in (-3, -2, -1, 1, 2, 3):
             size = int(chosen[field][row]) + by
             if not int(least[field][row]) <= size <= int(most[field][row]):
@@ -312,25 +315,36 @@ def _moves(
     wishes: Wishes | None = None,
 ) -> list[Move]:
     """For every row the size that comes closest: (what is left of the gap, what it loses, field, row, size)."""
-    now, moves = target.of_sizes(space, chosen), []
-    for field, knob in space.knobs.items():
-        for row in range(len(knob.rows)):
-            most, least, size = (int(sizes[field][row]) for sizes in (at_most, at_least, chosen))
-            step = grain if size + grain <= most else -grain
-            if grain >= most or size + step < 1:
-                continue
-            slope = (target.of_sizes(space, _with(chosen, field, row, size + step)) - now) / step
-            if slope <= 0:
-                continue
+    now, steps = target.of_sizes(space, chosen), []
+    for field, row in _rows(space):
+        most, size = int(at_most[field][row]), int(chosen[field][row])
+        step = grain if size + grain <= most else -grain
+        if grain < most and size + step >= 1:
+            steps.append((field, row, size + step))
+    if not steps:
+        return []
+    moves = []
+    for (field, row, to), used in zip(steps, target.of_many(space, _lines(space, chosen, steps)).tolist(), strict=True):
+        size = int(chosen[field][row])
+        slope = (used - now) / (to - size)
+        if slope > 0:
             units = round((1 - now) / slope / grain) * grain
-            new = min(most, max(least, size + units))
-            if new != size:
-                left = abs(target.of_sizes(space, _with(chosen, field, row, new)) - 1)
-                loss = abs(new / size - 1)
-                if wishes:
-                    loss = wishes.of_size(field, row, size) - wishes.of_size(field, row, new)
-                moves.append((max(left, CLOSE), loss, field, row, new))
-    return moves
+            new = min(int(at_most[field][row]), max(int(at_least[field][row]), size + units))
+            moves += [(field, row, new)] if new != size else []
+    if not moves:
+        return []
+    left = (target.of_many(space, _lines(space, chosen, moves)) - 1).abs().tolist()
+    return [(max(off, CLOSE), _lost(chosen, wishes, *move), *move) for off, move in zip(left, moves, strict=True)]
+
+
+def _lost(chosen: PerRow, wishes: Wishes | None, field: str, row: int, new: int) -> float:
+    """What a move loses by the wishes; without any, its size in proportion."""
+    size = int(chosen[field][row])
+    return abs(new / size - 1) if wishes is None else wishes.of_size(field, row, size) - wishes.of_size(field, row, new)
+
+
+def _rows(space: Space) -> Iterator[tuple[str, int]]:
+    return ((field, row) for field, knob in space.knobs.items() for row in range(len(knob.rows)))
 
 
 def _with(chosen: PerRow, field: str, row: int, size: int) -> dict[str, Tensor]:

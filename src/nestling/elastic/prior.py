@@ -10,21 +10,29 @@ same part of every axis. The paper starts at random (Nemotron Elastic, arXiv 251
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nestling import processes
 from nestling.anatomy.bypass import evaluating
 from nestling.elastic.soft import Softened
 from nestling.elastic.space import Space
 from nestling.elastic.target import Target
+from nestling.runs import write_atomically
+from nestling.train.checkpoints import Making, fingerprint, fingerprint_of
 
 POINTS = 3  # sizes measured of an axis with one decision for all layers
 POINTS_EACH = 2  # and of one with a decision for each layer
+MAKING = "making"  # what kept losses say of where they are from
 
 
 def even(space: Space, target: Target) -> dict[str, Tensor]:
@@ -52,6 +60,47 @@ def probed(model: PreTrainedModel, space: Space, batches: Iterable[Mapping[str, 
                 losses[field][row, choice] += F.kl_div(found, wanted, reduction="sum", log_target=True).item()
     tokens = sum(part.numel() for part in ids)
     return {field: _between(knob.sizes, losses[field] / tokens) for field, knob in space.knobs.items()}
+
+
+def probed_once(
+    model: PreTrainedModel,
+    space: Space,
+    batches: Sequence[Mapping[str, Any]],
+    settings: Any,
+    folder: Path | None,
+    resume: bool,
+) -> dict[str, Tensor]:
+    """As `probed`, kept in a run folder, as it is read off the untrained model; nothing without text.
+
+    What is there is taken if it is of the same settings, model, choices and text. The first process alone works.
+    """
+    if not batches:
+        return {}
+    choices = fingerprint([*space.knobs], space.flat_sizes.tolist(), space.rank.tolist())
+    text = fingerprint([batch["input_ids"].tolist() for batch in batches])
+    making = Making(settings, {"parent": fingerprint_of(model), "choices": choices, "text": text})
+    path = folder and folder / "probes.safetensors"
+
+    def made() -> dict[str, Tensor]:
+        found = _kept(path, making) if path and resume else None
+        if found is None:
+            found = probed(model, space, batches)
+            if path:
+                said = {MAKING: json.dumps(making.kept())}
+                write_atomically(path, lambda temporary: save_file(found, temporary, metadata=said))
+        return found
+
+    return processes.tensors(made)
+
+
+def _kept(path: Path, making: Making) -> dict[str, Tensor] | None:
+    """The tensors in a file, if it is there, whole, and made of the same."""
+    try:
+        with safe_open(path, "pt") as file:
+            kept = json.loads((file.metadata() or {}).get(MAKING, "null"))
+        return None if making.differs(kept) else load_file(path)
+    except (OSError, SafetensorError, ValueError, KeyError):
+        return None
 
 
 def measured(space: Space) -> Iterator[tuple[str, int, int]]:

@@ -126,10 +126,21 @@ class Space:
 
     def exactly(self, chosen: PerRow) -> tuple[Sizes, Tensor]:
         """As `expected`, for sizes that are chosen `[rows]`; they need not be on the lists."""
-        sizes = self._for_bill(torch.cat([chosen[field].double() for field in self.knobs]))
-        depth = chosen.get(self.anatomy.depth_field)
-        count = self.anatomy.num_layers if depth is None else int(depth[0])
-        return sizes, (self.rank < count).double()
+        return self.exactly_flat(self.flat(chosen))
+
+    def exactly_flat(self, flat: Tensor) -> tuple[Sizes, Tensor]:
+        """As `exactly`, for the sizes of all rows in one tensor `[..., all rows]`, of many shapes at once."""
+        whole = torch.full(flat.shape[:-1], self.anatomy.num_layers)
+        count = whole if self._stays is None else flat[..., self._depth_row]
+        return self._for_bill(flat.double()), (self.rank < count[..., None]).double()
+
+    def flat(self, chosen: PerRow) -> Tensor:
+        """Sizes `[rows]` of all knobs as one line `[all rows]`."""
+        return torch.cat([chosen[field] for field in self.knobs])
+
+    def by_knob(self, flat: Tensor) -> dict[str, Tensor]:
+        """The reverse of `flat`."""
+        return dict(zip(self.knobs, flat.split([len(knob.rows) for knob in self.knobs.values()]), strict=True))
 
     def shape(self, chosen: PerRow) -> Shape:
         """The shape with these sizes `[rows]`."""
@@ -246,8 +257,8 @@ class Space:
             start += len(knob.rows)
 
     def _for_bill(self, flat: Tensor) -> Sizes:
-        """Sizes of all rows `[all rows]` by letter and layer; the parent's where nothing may be chosen."""
-        return torch.where(self._source >= 0, flat[self._source.clamp(min=0)], self._full)
+        """Sizes of all rows `[..., all rows]` by letter and layer; the parent's where nothing may be chosen."""
+        return torch.where(self._source >= 0, flat[..., self._source.clamp(min=0)], self._full)
 
     def kept(self, chosen: PerRow) -> list[int]:
         """The layers that stay, ascending."""

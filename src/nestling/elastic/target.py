@@ -75,31 +75,37 @@ class Target:
         return replace(target, tilt=_tilt(space, target))
 
     def __call__(self, sizes: Sizes, gates: Tensor) -> Tensor:
-        """The part of the budget that expected sizes use."""
+        """The part of the budget that expected sizes use `[...]`."""
         parts = [self._cost(metric, sizes, gates) / most for metric, most in self.limits.items()]
-        return parts[0] if len(parts) == 1 else torch.stack(parts).max()
+        return parts[0] if len(parts) == 1 else torch.stack(parts).amax(0)
 
     def _cost(self, metric: str, sizes: Sizes, gates: Tensor) -> Tensor:
         return self.law(sizes, gates) if metric == LATENCY and self.law else self.bill(metric, sizes, gates)
 
     def of_sizes(self, space: Space, chosen: PerRow) -> float:
         """The part of the budget that chosen sizes `[rows]` use."""
-        return max(cost / self.limits[metric] for metric, cost in self._costs(space, chosen).items())
+        return self.of_many(space, space.flat(chosen)[None]).item()
+
+    def of_many(self, space: Space, flat: Tensor) -> Tensor:
+        """The same for the sizes of many shapes `[shapes, all rows]`: `[shapes]`."""
+        return torch.stack([cost / self.limits[metric] for metric, cost in self._costs(space, flat).items()]).amax(0)
 
     def met_by(self, space: Space, chosen: PerRow) -> str:
         """The budget that chosen sizes `[rows]` use up, as `--to` has it: what they exceed and the tightest differ."""
-        used = {metric: cost / self.limits[metric] for metric, cost in self._costs(space, chosen).items()}
+        costs = self._costs(space, space.flat(chosen)[None])
+        used = {metric: cost.item() / self.limits[metric] for metric, cost in costs.items()}
         most, limits = max(used.values()), {}
         for metric, limit in Budget.parse(self.name).limits.items():
             part = used[metric] if used[metric] > 1 or used[metric] == most else 1.0
             limits[metric] = Limit(_rounded_up(limit.value * part), limit.relative)
         return str(Budget(limits))
 
-    def _costs(self, space: Space, chosen: PerRow) -> dict[str, float]:
-        sizes, gates = space.exactly(chosen)
-        costs = {metric: self.bill(metric, sizes, gates).item() for metric in self.limits if metric != LATENCY}
+    def _costs(self, space: Space, flat: Tensor) -> dict[str, Tensor]:
+        sizes, gates = space.exactly_flat(flat)
+        costs = {metric: self.bill(metric, sizes, gates) for metric in self.limits if metric != LATENCY}
         if LATENCY in self.limits and self.latency is not None:
-            costs[LATENCY] = self.latency(form_of(space, chosen))
+            times = [self.latency(form_of(space, space.by_knob(line))) for line in flat]
+            costs[LATENCY] = torch.tensor(times, dtype=torch.float64)
         return costs
 
 

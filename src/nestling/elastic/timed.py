@@ -42,7 +42,7 @@ class Law:
         return cls(bill, _at_least_zero(inputs, times))
 
     def __call__(self, sizes: Sizes, gates: Tensor) -> Tensor:
-        return self.weights @ _reads(self.bill, sizes, gates)
+        return (self.weights * _reads(self.bill, sizes, gates)).sum(-1)
 
 
 def form_of(space: Space, chosen: PerRow) -> Form:
@@ -51,7 +51,8 @@ def form_of(space: Space, chosen: PerRow) -> Form:
 
 
 def _reads(bill: Bill, sizes: Sizes, gates: Tensor) -> Tensor:
-    return torch.stack([torch.ones_like(gates[0]), gates.sum(), *(bill(name, sizes, gates) for name in READS)])
+    layers = gates.sum(-1)
+    return torch.stack([torch.ones_like(layers), layers, *(bill(name, sizes, gates) for name in READS)], dim=-1)
 
 
 def _at_least_zero(inputs: Tensor, times: Tensor) -> Tensor:

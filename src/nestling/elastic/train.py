@@ -9,19 +9,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 import datasets
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nestling import processes
 from nestling.anatomy import Anatomy
 from nestling.data import calibration
 from nestling.elastic.bill import Bill
@@ -29,21 +24,18 @@ from nestling.elastic.family import Entry, Family, sorted_order
 from nestling.elastic.harden import check as reached
 from nestling.elastic.harden import harden
 from nestling.elastic.learner import ElasticLearner, Plan
-from nestling.elastic.prior import probed
+from nestling.elastic.prior import probed_once
 from nestling.elastic.settings import ElasticSettings, listed
-from nestling.elastic.space import FLOORS, PerChoice, Space
+from nestling.elastic.space import FLOORS, Space
 from nestling.elastic.target import Target
 from nestling.elastic.timed import Latency
 from nestling.errors import TargetError, UnsupportedArchitecture
 from nestling.ranking import Ranking, rank
-from nestling.runs import write_atomically
 from nestling.shape import Shape
 from nestling.surgery import reorder
 from nestling.train import fit
-from nestling.train.checkpoints import Making, fingerprint, fingerprint_of
 
 CALIBRATION_TOKENS = 8192
-MAKING = "making"  # what probes are kept with
 
 
 def train(
@@ -84,7 +76,8 @@ def train(
     plan = make_plan(anatomy, order, budgets, settings, latency)
     fixed = None if shapes is None else [plan.space.sizes_of(shapes[budget]) for budget in budgets]
     probes = _calibration(model, data, tokenizer, settings, 0 if shapes else settings.probe_tokens, generated=0.0)
-    losses = _priors(model, plan, probes, settings, Path(run_dir) if run_dir else None, resume)
+    known = probed_once(model, plan.space, probes, settings, Path(run_dir) if run_dir else None, resume)
+    losses = [known] * len(budgets) if probes else None
     learner = ElasticLearner(model, teacher, plan, settings, fixed, losses, probes)
     fit(learner, data, tokenizer, settings, run_dir and Path(run_dir), resume)
     if not learner.settled:
@@ -165,49 +158,6 @@ def _second_stage(
     learner = ElasticLearner(before.student, teacher, before.plan, long, shapes)
     fit(learner, data, tokenizer, long, run_dir and Path(run_dir) / "long", resume)
     return learner
-
-
-def _priors(
-    model: PreTrainedModel,
-    plan: Plan,
-    text: list[dict[str, Any]],
-    settings: ElasticSettings,
-    folder: Path | None,
-    resume: bool,
-) -> list[PerChoice] | None:
-    """What every choice loses, the same for each budget; kept in the folder, as it is read off the untrained model."""
-    if not text:
-        return None
-    making = Making(settings, {"parent": fingerprint_of(model), "choices": _choices(plan.space), "text": _text(text)})
-    path = folder and folder / "probes.safetensors"
-
-    def made() -> dict[str, Tensor]:
-        kept = kept_probes(path, making) if path and resume else None
-        found = kept or probed(model, plan.space, text)
-        if path and kept is None:
-            said = {MAKING: json.dumps(making.kept())}
-            write_atomically(path, lambda temporary: save_file(found, temporary, metadata=said))
-        return found
-
-    return [processes.tensors(made)] * len(plan.targets)
-
-
-def kept_probes(path: Path, making: Making) -> dict[str, Tensor] | None:
-    """The losses in a file, if it is there, whole, and of the same settings, parent, choices and text."""
-    try:
-        with safe_open(path, "pt") as file:
-            kept = json.loads((file.metadata() or {}).get(MAKING, "null"))
-        return None if making.differs(kept) else load_file(path)
-    except (OSError, SafetensorError, ValueError, KeyError):
-        return None
-
-
-def _choices(space: Space) -> str:
-    return fingerprint([*space.knobs], space.flat_sizes.tolist(), space.rank.tolist())
-
-
-def _text(batches: list[dict[str, Any]]) -> str:
-    return fingerprint([batch["input_ids"].tolist() for batch in batches])
 
 
 def _calibration(
