@@ -3,9 +3,8 @@
 Every decoder layer of student and teacher is gathered when it runs and freed after. What else the learner trains
 (embeddings, last norm, head, projections) is one more group with the learner as its root: whole while its forward
 pass runs, so the chunked losses see an ordinary head, whose gradient, summed over chunks, is reduced and scattered
-once. A learner that reads weights elsewhere than in their layers (`gathers_all`) is one group altogether. The teacher is
-a root of its own, freed when the learner's forward pass ends. Afterwards both models are whole
-again, in place.
+once. A learner that reads weights elsewhere than in their layers (`gathers_all`) is one group altogether. The teacher
+is a root of its own, freed when the learner's forward pass ends. Afterwards both models are whole again, in place.
 """
 
 from __future__ import annotations
