@@ -181,8 +181,8 @@ def shared_losses(
     given = itertools.chain.from_iterable((one.hidden[counted], *one.head.parameters) for one in students)
     found = iter(_Chunked.apply(work, *given))
     return [
-        LogitLosses(*parts, each.new_zeros(targets.shape).masked_scatter(counted, each))
-        for *parts, each in zip(found, found, found, found, strict=True)
+        LogitLosses(loss, apart, cross_entropy, each.new_zeros(targets.shape).masked_scatter(counted, each))
+        for loss, apart, cross_entropy, each in zip(found, found, found, found, strict=True)
     ]
 
 
