@@ -101,3 +101,16 @@ def test_headline_takes_the_validation_data():
     assert tiles["perplexity"].value == "33.9"
     assert [width for _, _, width in tiles["parameters"].bars] == pytest.approx([100, 74.24], abs=0.01)
     assert headline({}) == []
+
+
+def test_a_model_that_became_of_nothing_else_has_a_column_of_its_own():
+    one = {"cost": {"params": 10, "active_params": 4}, "evaluation": {"builtin:stdlib": {"perplexity": 7.0}}}
+    found = compare(one)
+    assert found.stages == ("model",)
+    assert not found.paired
+    assert [(row.label, row.values) for row in found.rows if row.values[0]] == [
+        ("parameters", (10,)),
+        ("active parameters", (4,)),
+        ("perplexity, stdlib", (7.0,)),
+    ]
+    assert [tile.value for tile in headline(one)] == ["7.00"]

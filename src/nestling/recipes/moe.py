@@ -259,10 +259,14 @@ def _summary(settings: MixtureVerb, folder: Path, tokenizer: PreTrainedTokenizer
         "layers": anatomy.routed_layers(),
         "per_layer": [[int(slots) for slots in layer] for layer in loads],
     }
-    sizes = f"{load['experts']} experts, {load['per_token']} of a token"
+    sizes, measured = (
+        f"{load['experts']} experts, {load['per_token']} of a token",
+        validated(settings, model, tokenizer),
+    )
     return {
         **origin(f"{model.config.model_type}, {sizes}", settings.train.seed, model),
-        **validated(settings, model, tokenizer),
+        **measured,
+        "evaluation": {settings.data: {"perplexity": measured["validation"]["value"], "loss": measured["loss"]}},
         "data": {"train": settings.data, "validation": settings.data},
         "load": load,
     }

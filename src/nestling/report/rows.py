@@ -44,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Stages (`parent`, then some of `pruned`, `distilled`, `child`, or the members of a family) and the rows.
+    """Stages (`parent`, then some of `pruned`, `distilled`, `child`, or a family's members; or `model`) and the rows.
 
     paired: whether the last stage is what became of the parent, so that a ratio says something.
     """
@@ -63,7 +63,9 @@ def compare(summary: Mapping[str, Any]) -> Comparison:
 
 
 def stages(summary: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the run went through, or the members that it made, as far as the summary tells."""
+    """What the run went through, or the members that it made, as far as the summary tells; `model` for a lone one."""
+    if mapping(summary, "cost") and not mapping(summary, "parent"):
+        return ("model",)
     members = [words(member, "name") for member in items(summary, "members")]
     if members:
         return ("parent", *members)
@@ -76,6 +78,8 @@ def stages(summary: Mapping[str, Any]) -> tuple[str, ...]:
 
 def figures(summary: Mapping[str, Any], stage: str) -> dict[str, Any]:
     """`cost`, `evaluation` and `speed` of a stage; speed is that of a model that is finished."""
+    if stage == "model":
+        return dict(summary)
     for member in items(summary, "members"):
         if words(member, "name") == stage:
             return mapping(member)
