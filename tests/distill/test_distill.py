@@ -74,6 +74,17 @@ def test_half_precision_students_train_in_float32_and_come_back(tmp_path):
     assert config["dtype"] == "float32"
 
 
+def test_states_of_a_narrower_student_in_half_precision_are_compared():
+    """Its weights are float32 while it trains, and so is the map from its width to the teacher's."""
+    student, teacher = (
+        tiny("llama", dtype=torch.bfloat16, hidden_size=36, head_dim=8),
+        tiny("llama", dtype=torch.bfloat16),
+    )
+    distill(student, teacher, token_batches(1, 2), steps=1, batch_size=2, states=["embedding", "output"])
+    assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
+    assert all(torch.isfinite(p).all() for p in student.parameters())
+
+
 def test_mixed_precision_runs():
     student, teacher = pair()
     distill(student, teacher, token_batches(2, 4), steps=2, batch_size=4, bf16=True)

@@ -110,6 +110,17 @@ def test_architectures_from_yaml_json_and_checkpoints(tmp_path):
         assert (config["model_type"], config["hidden_size"], config["mamba_num_heads"]) == ("nemotron_h", 24, 4)
 
 
+@pytest.mark.parametrize("variant", ["qwen2-sliding", "bamba", "smollm3"])
+def test_fewer_layers_of_a_checkpoint_take_along_what_is_listed_of_them(variant, tmp_path):
+    tiny(variant).save_pretrained(tmp_path)
+    config = architecture_config(tmp_path, {"num_hidden_layers": 3, "vocab_size": 50})
+    assert (config.num_hidden_layers, config.vocab_size) == (3, 50)
+    build(config)(input_ids=torch.arange(5)[None])
+    if variant != "bamba":  # it lists its layers with attention
+        with pytest.raises(CheckpointError, match="must be equal to"):
+            architecture_config(tmp_path, {"num_hidden_layers": 6})
+
+
 def test_same_seed_same_weights():
     one, same, other = (build(architecture_config("hybrid-2m", {"vocab_size": 32}), seed=seed) for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))

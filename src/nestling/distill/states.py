@@ -61,7 +61,7 @@ def projection(student: PreTrainedModel, teacher: PreTrainedModel, seed: int = 0
         return nn.Identity()
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        return nn.Linear(narrow, wide).to(student.device, student.dtype)
+        return nn.Linear(narrow, wide).to(student.device, torch.promote_types(student.dtype, torch.float32))
 
 
 def check_states(states: Sequence[str], loss: str) -> None:

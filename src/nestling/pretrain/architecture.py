@@ -16,7 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers import set_seed as seeded
 
 from nestling import hub
+from nestling.anatomy import Anatomy
+from nestling.anatomy.declare import ARCHITECTURES
 from nestling.errors import CheckpointError
+from nestling.shape import child_config, fit
 
 _FOLDER = Path(__file__).parent / "presets"
 PRESETS = tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
@@ -35,7 +38,7 @@ def architecture_config(
     if not names_checkpoint(name):
         values = _read(_FOLDER / f"{name}.yaml" if name in PRESETS else Path(name))
     else:
-        values = hub.config(name, trust_remote_code=trust_remote_code).to_dict()
+        values = _as_deep(hub.config(name, trust_remote_code=trust_remote_code), fields or {}).to_dict()
     values |= fields or {}
     model_type = values.pop("model_type", None)
     if not isinstance(model_type, str):
@@ -75,6 +78,16 @@ def build(
             f"a {config.model_type} model cannot be built from this config: {' '.join(str(error).split())}"
         ) from error
     return model.to(device) if device is not None else model
+
+
+def _as_deep(config: PreTrainedConfig, fields: Mapping[str, Any]) -> PreTrainedConfig:
+    """A config with as few layers as the fields ask for: what it lists of each layer goes with the layer."""
+    architecture = ARCHITECTURES.get(config.model_type)
+    depth = fields.get(architecture.depth_field) if architecture else None
+    if architecture is None or not isinstance(depth, int) or depth >= getattr(config, architecture.depth_field):
+        return config
+    anatomy = Anatomy.of(config)
+    return child_config(anatomy, fit(anatomy, {architecture.depth_field: depth}))
 
 
 def _read(path: Path) -> dict[str, Any]:
