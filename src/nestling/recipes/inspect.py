@@ -9,7 +9,7 @@ from rich.table import Table
 from transformers import PreTrainedConfig
 
 from nestling import hub
-from nestling.anatomy import Anatomy
+from nestling.anatomy import Anatomy, Axis
 from nestling.cost import Cost, cost, cost_by_kind
 from nestling.recipes.progress import console
 from nestling.recipes.settings import at_least
@@ -47,11 +47,13 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
     shape = Shape.parse(settings.shape) if settings.shape else None
     cut = cost(anatomy, shape, settings.context, settings.batch) if shape else None
     console.print(_axes(anatomy, config))
+    console.print("")
     console.print(_costs(whole, cut))
     if shape and (word := kernel_word(anatomy, shape)):
         console.print(word)
     kinds = cost_by_kind(anatomy, fit(anatomy, {}), settings.context, settings.batch)
     if len(kinds) > 1:
+        console.print("")
         console.print(_kinds(kinds))
     return {
         "architecture": anatomy.architecture.model_type,
@@ -77,10 +79,16 @@ def _axes(anatomy: Anatomy, config: PreTrainedConfig) -> Table:
     table.add_column("where")
     for field, axis in anatomy.axes.items():
         where = "whole model" if axis.scope == "model" else "each layer"
-        groups = f", inside {' '.join(axis.within)}" if axis.within else ""
+        groups = f", inside {' '.join(_outer(anatomy, axis))}" if axis.within else ""
         table.add_row(field, str(_sizes(anatomy, field)), where + groups)
     table.add_row(anatomy.depth_field, str(anatomy.num_layers), "whole layers")
     return table
+
+
+def _outer(anatomy: Anatomy, axis: Axis) -> list[str]:
+    """What an axis lies within: fields of other axes, or the letters of what cannot shrink."""
+    fields = {other.letter: other.field for other in anatomy.axes.values()}
+    return [fields.get(letter, letter) for letter in axis.within]
 
 
 def _kinds(kinds: dict[str, tuple[int, Cost]]) -> Table:
@@ -103,6 +111,9 @@ def _costs(whole: Cost, cut: Cost | None) -> Table:
     if cut:
         table.add_column("shape", justify="right")
     for name in ("params", "active_params", "weight_bytes", "kv_bytes", "state_bytes", "flops_per_token"):
+        figures = [getattr(value, name) for value in (whole, cut) if value]
+        if not any(figures) or (name == "active_params" and figures[0] == whole.params):
+            continue
         show = size if name.endswith("bytes") else count
-        table.add_row(name, *(show(getattr(value, name)) for value in (whole, cut) if value))
+        table.add_row(name, *map(show, figures))
     return table

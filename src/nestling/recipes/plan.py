@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -78,9 +79,9 @@ def plan_job(settings: PlanSettings) -> dict[str, Any]:
     pricing = Pricing(anatomy, settings.context)
     parent, child = pricing.cost({}), pricing.cost(shape)
     console.print(f"{settings.model}: {count(parent.params)} to {count(child.params)} parameters ({describe(shape)})")
-    console.print(_memory(found, machines))
-    console.print(_times(found, machines, job))
-    console.print(_verdict(found, machines))
+    for piece in (*_memory(found, machines), *_times(found, machines, job)):
+        console.print(piece)
+    console.print(f"\n{_verdict(found, machines)}")
     return {
         "shape": shape.to_dict(),
         "parent": parent.to_dict(),
@@ -111,13 +112,11 @@ def _part(anatomy: Anatomy, shape: Shape, field: str) -> float:
     return (left if isinstance(left, int) else max(left)) / full
 
 
-def _memory(found: Plan, machines: Machines) -> Table:
+def _memory(found: Plan, machines: Machines) -> Iterator[Any]:
     way = "sharded (fsdp)" if found.fsdp else "whole on each device" if machines.count > 1 else "on one device"
     kept = "recomputed" if found.recompute else "kept"
-    title = f"memory of each {machines.device.name}: models {way}, activations {kept}, sequences at once: {found.rows}"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("what")
-    table.add_column("", justify="right")
+    yield f"\n[bold]memory of each {machines.device.name}[/]"
+    yield f"models {way}, activations {kept}, rows at once: {found.rows}"
     names = {
         "weights": "student, float32" + ("" if found.fsdp else " and bfloat16 copy"),
         "gradients": "gradients",
@@ -127,27 +126,32 @@ def _memory(found: Plan, machines: Machines) -> Table:
         "activations": "activations",
         "logits": "a chunk of logits, head's gradient",
     }
-    for name, value in asdict(found.memory).items():
-        if value:
-            table.add_row(names[name], size(value))
-    table.add_row("together", size(found.memory.total))
-    table.add_row("there is, less a reserve", size(found.usable))
-    return table
+    rows = [(names[name], size(value)) for name, value in asdict(found.memory).items() if value]
+    yield _pairs(rows, ("together", size(found.memory.total)), ("there is, less a reserve", size(found.usable)))
 
 
-def _times(found: Plan, machines: Machines, job: Job) -> Table:
-    table = Table(title=f"time on {machines}", title_justify="left", box=None, pad_edge=False)
-    table.add_column("what")
-    table.add_column("", justify="right")
-    work = (
-        f"{flops(found.flops_per_token)} (teacher {flops(found.teacher_flops)}, student {flops(found.student_flops)} "
-    )
-    work += f"x {4 if found.recompute else 3})"
-    table.add_row("work per token", work)
-    table.add_row(f"tokens per second at {job.utilisation:.0%} of the peak", count(found.tokens_per_s))
-    table.add_row("exchange of weights and gradients", f"{found.exchange:.0%} of the time to compute")
-    table.add_row(f"{count(job.tokens)} tokens, {found.steps:,} steps", f"{figure(found.hours)} hours")
-    table.add_row("GPU-hours", count(found.gpu_hours))
+def _times(found: Plan, machines: Machines, job: Job) -> Iterator[Any]:
+    yield f"\n[bold]time on {machines}, at {job.utilisation:.0%} of the peak[/]"
+    passes = f"{4 if found.recompute else 3} x {flops(found.student_flops)}"
+    rows = [
+        ("work per token: teacher", flops(found.teacher_flops)),
+        ("student" + (", recomputing" if found.recompute else ""), passes),
+        ("exchange between devices, of computing", f"{found.exchange:.0%}"),
+        ("tokens per second", count(found.tokens_per_s)),
+    ]
+    hours = (f"{count(job.tokens)} tokens, {found.steps:,} steps", f"{figure(found.hours)} hours")
+    yield _pairs(rows, hours, ("GPU-hours", count(found.gpu_hours)))
+
+
+def _pairs(rows: list[tuple[str, str]], *results: tuple[str, str]) -> Table:
+    """What and how much, the results under a line of their own."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column()
+    table.add_column(justify="right", no_wrap=True)
+    for what, value in rows:
+        table.add_row(what, value)
+    for what, value in results:
+        table.add_row(what, value, style="bold")
     return table
 
 

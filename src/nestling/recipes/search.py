@@ -104,14 +104,16 @@ def _on_the_way(parent: Parent, origin: Origin, settings: SearchSettings, known:
 
 def _table(found: list[Candidate], whole: int) -> Table:
     """The candidates, best first, with what was measured of any of them. whole: the parent's parameters."""
-    table = Table(title="candidates, best first", title_justify="left", box=None, pad_edge=False)
+    table = Table(title="candidates, best first", title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     trained = any(one.trained_loss is not None for one in found)
     timed = any(one.cost.latency_ms is not None for one in found)
     for name in ("loss", *(["trained"] if trained else []), "params", "", "memory", *(["ms"] if timed else [])):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("shape", overflow="fold")
     for one in found:
-        cells = [figure(one.loss), *([f"{figure(one.trained_loss)} at {count(one.trained_tokens)}"] if trained else [])]
+        cells = [figure(one.loss), *([figure(one.trained_loss)] if trained else [])]
         cells += [count(one.cost.params), ratio(quotient(one.cost.params, whole)), size(one.cost.memory_bytes)]
-        table.add_row(*cells, *([figure(one.cost.latency_ms)] if timed else []), describe(one.shape))
+        lines = [f"{field}={value}" for field, value in one.shape.items()] or [describe(one.shape)]
+        lines += [f"trained on {count(one.trained_tokens)} tokens"] if one.trained_tokens else []
+        table.add_row(*cells, *([figure(one.cost.latency_ms)] if timed else []), "\n".join(lines))
     return table
