@@ -38,6 +38,14 @@ def rotate_one_all(states: Tensor, position: int) -> Tensor:
     return torch.stack([rotate_one(vector, position) for vector in flat]).view_as(states)
 
 
+def angles(start: int, seq: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the same rotation `[1, seq, dim]`."""
+    half = BASE ** (-torch.arange(dim // 2, dtype=torch.float64) * 2 / dim)
+    found = torch.arange(start, start + seq, dtype=torch.float64).unsqueeze(1) * half
+    both = torch.cat([found, found], -1).unsqueeze(0)
+    return both.cos().to(dtype), both.sin().to(dtype)
+
+
 def random_heads(batch=2, heads=2, group=2, seq=20, dim=6, seed=0, dtype=torch.float64) -> Heads:
     """Random queries, keys and values whose gates are open about half of the time."""
     generator = torch.Generator().manual_seed(seed)
@@ -54,6 +62,7 @@ def cut(heads: Heads, start: int, stop: int) -> Heads:
         heads.value[..., start:stop, :],
         rotation(start, stop - start),
         heads.scaling,
+        angles(start, stop - start, heads.key.shape[-1], heads.key.dtype),
     )
 
 

@@ -14,6 +14,7 @@ import nestling as nl
 from nestling import dmc
 from nestling.anatomy import cache_name
 from nestling.anatomy.attention import last_channel, sites
+from nestling.dmc.runtime.modeling import in_halves
 from nestling.dmc.show import merges
 from nestling.errors import CheckpointError, NestlingError, UnsupportedArchitecture
 from tests.dmc.models import BOUNDED, FULL, HYBRID, merging
@@ -189,6 +190,16 @@ def test_memory_follows_the_ratio():
     assert dmc.measure(model, [{"input_ids": tokens}]).ratio == pytest.approx(ratio)
 
 
+def test_rotations_are_recognized_by_what_they_do():
+    from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as neighbours
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as halves
+    from transformers.models.nemotron.modeling_nemotron import apply_rotary_pos_emb as partly
+
+    assert in_halves(halves, 8, 8)
+    assert in_halves(partly, 8, 4)
+    assert not in_halves(neighbours, 8, 8)
+
+
 def test_merged_tokens_cannot_be_taken_back():
     _, cache = in_pieces(merging(), ids(), [0, 17])
     cache.crop(0)
@@ -204,6 +215,8 @@ def test_what_a_compressed_model_cannot_take_is_said():
         model(ids(), **{cache_name(model): StaticCache(config=model.config, max_cache_len=32)})
     with pytest.raises(ValueError, match="real tokens only"):
         model(ids(), attention_mask=torch.ones(2, 1, 17, 17))
+    with pytest.raises(ValueError, match="new DynamicCache"):
+        model.generate(ids(), cache_implementation="static", **GREEDY)
     with pytest.raises(ValueError, match="one sequence per row"):
         model(ids(), position_ids=torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2, 3, 4, 5, 6, 7]]))
     with pytest.raises(NestlingError, match="already"):
@@ -264,7 +277,7 @@ assert "nestling" not in sys.modules
 torch.testing.assert_close(model(expected["ids"]).logits, expected["logits"], atol=1e-10, rtol=0)
 model.generate(expected["ids"], max_new_tokens=3, do_sample=False, pad_token_id=0)
 [kernel] = [module for name, module in sys.modules.items() if name.endswith(".kernel") and "nestling" not in name]
-assert not kernel.usable(expected["logits"]) and kernel._loops().absorb
+assert not kernel.usable(expected["logits"]) and kernel._loops().absorbs
 """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "NUMBA_DISABLE_JIT": "1"}

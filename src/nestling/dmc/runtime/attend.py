@@ -175,10 +175,15 @@ def decode(heads: Heads, gates: Gates, text: Text, slots: SlotLayer) -> Tensor:
     token = (heads.query[..., 0, :], heads.key[:, :, 0], heads.value[:, :, 0])
     step = COMPILED if usable(heads.key, slots.keys) else step_for(slots.keys)
     take = step.absorb if gates.method == "dmc" else step.admit
-    real = text.valid[:, 0]
-    query, key, value = take(*token, slots, (real, text.ends[:, 0]), gates)
-    flat, key = heads.rotate(query.flatten(1, 2).unsqueeze(2), key.unsqueeze(2))
-    out = step.attend(flat.reshape(query.shape), (key[:, :, 0], value), real, slots, gates.keep, heads.scaling)
+    real, keep = text.valid[:, 0], gates.keep
+    if step.turns and heads.turn is not None:
+        query, key, value = take(*token, slots, (real, text.ends[:, 0]), gates, heads.turn)
+        keep = 1.0
+    else:
+        query, key, value = take(*token, slots, (real, text.ends[:, 0]), gates)
+        flat, key = heads.rotate(query.flatten(1, 2).unsqueeze(2), key.unsqueeze(2))
+        query, key = flat.reshape(query.shape), key[:, :, 0]
+    out = step.attend(query, (key, value), real, slots, keep, heads.scaling).to(heads.query.dtype)
     slots.tokens += 1
     return out.unsqueeze(3)
 

@@ -39,7 +39,8 @@ class Decisions:
 class Heads:
     """Queries `[batch, heads, group, seq, dim]`, keys and values `[batch, heads, seq, dim]`, not rotated.
 
-    rotate: (queries `[batch, any, seq, dim]`, keys) -> the same at their positions.
+    rotate: (queries `[batch, any, seq, dim]`, keys) -> the same at their positions. turn: cosines and sines of that
+    `[batch or 1, seq, channels]`, if it is known to rotate channels i and i + half of the first `channels` ones.
     """
 
     query: Tensor
@@ -47,6 +48,7 @@ class Heads:
     value: Tensor
     rotate: Rotate
     scaling: float
+    turn: tuple[Tensor, Tensor] | None = None
 
     def rotated(self, keys: Tensor, keep: float) -> tuple[Tensor, Tensor]:
         """Queries, and `keys` `[batch, heads, seq, dim]` in place of the tokens' own, rotated; the gate channel is

@@ -1,4 +1,4 @@
-"""The loops of a decoding step and of the recurrence of `pool`, compiled by numba; imported where numba is installed.
+"""The loops of attention over slots and of the recurrence of `pool`, compiled by numba where that is installed.
 
 One query over a cache is bound by memory: every key and value row is read once for all query heads of its group, and
 four pages at once, as one stream of reads alone leaves half of the memory's speed unused. Work is cut into pieces of a
@@ -39,112 +39,6 @@ def recurrence(alpha, terms, start, sums):
                 # 0 * infinity must not matter: a closed slot leaves nothing behind
                 sums[row, t, c] = terms[row, t, c] + (a * last[c] if a != 0 else 0)
             last = sums[row, t]
-
-
-# ---- what becomes of a token
-
-
-@compiled
-def _missing(length, table, used, pages, page):
-    """Pages, and columns of the table, that are needed if every head opens a slot, where there are not enough."""
-    new, columns = 0, 0
-    for b in range(length.shape[0]):
-        for h in range(length.shape[1]):
-            new += length[b, h] % page == 0
-            columns = max(columns, length[b, h] // page + 1)
-    return (new, columns) if used[0] + new > pages or columns > table.shape[2] else (0, 0)
-
-
-@compiled
-def absorb(
-    query, key, value, valid, ends, gates, pool, sums, length, table, used, ended, out_query, out_key, out_value
-):
-    """See `kernel.absorb`. Does nothing where room is missing, and says how much."""
-    scale, offset, keep, shared = gates
-    (batch, heads, group, dim), (pages, page) = query.shape, pool
-    missing = _missing(length, table, used, pages, page)
-    if missing[1]:
-        return missing
-    for b in range(batch):
-        opens = ended[b] or ends[b] or length[b, 0] == 0
-        mean = 0.0
-        for h in range(heads):
-            mean += key[b, h, dim - 1] / heads
-        for h in range(heads):
-            weighs = 0.0
-            for g in range(group):
-                weighs += query[b, h, g, dim - 1] / group
-                for c in range(dim):
-                    out_query[b, h, g, c] = query[b, h, g, c]
-                out_query[b, h, g, dim - 1] *= keep
-            logit = scale * (mean if shared else key[b, h, dim - 1]) - offset
-            weight = 1.0 / (1.0 + math.exp(-(scale * weighs + offset))) + 2.0**-23 if keep == 0 else 1.0
-            if valid[b]:
-                if opens or keep != 0 or not logit > 0:
-                    for c in range(2 * dim + 1):
-                        sums[b, h, c] = 0
-                    if length[b, h] % page == 0:
-                        table[b, h, length[b, h] // page] = used[0]
-                        used[0] += 1
-                    length[b, h] += 1
-                for c in range(dim):
-                    sums[b, h, c] += weight * key[b, h, c]
-                    sums[b, h, dim + c] += weight * value[b, h, c]
-                sums[b, h, 2 * dim] += weight
-            total = sums[b, h, 2 * dim]
-            for c in range(dim):
-                out_key[b, h, c] = sums[b, h, c] / total if total > 0 else 0
-                out_value[b, h, c] = sums[b, h, dim + c] / total if total > 0 else 0
-            out_key[b, h, dim - 1] *= keep
-        if valid[b]:
-            ended[b] = ends[b]
-    return missing
-
-
-@compiled
-def admit(query, key, valid, gates, keys, values, length, table, used, recent, seen, out_query, out_key):
-    """See `kernel.admit`. Does nothing where room is missing, and says how much."""
-    scale, offset, keep, shared = gates
-    batch, heads, group, dim = query.shape
-    pages, page, size = values.shape[0], values.shape[1], recent.shape[2]
-    missing = _missing(length, table, used, pages, page)
-    if missing[1]:
-        return missing
-    for b in range(batch):
-        now, before = seen[b] % size, (seen[b] - 1) % size
-        mean = 0.0
-        for h in range(heads):
-            mean += key[b, h, dim - 1] / heads
-        for h in range(heads):
-            for c in range(dim):
-                for g in range(group):
-                    out_query[b, h, g, c] = query[b, h, g, c] * (keep if c == dim - 1 else 1)
-                out_key[b, h, c] = key[b, h, c] * (keep if c == dim - 1 else 1)
-            if not valid[b]:
-                continue
-            logit = scale * (mean if shared else key[b, h, dim - 1]) - offset
-            if keep == 0 and logit > 0 and seen[b] > 0:
-                recent[b, h, before] = -1 - recent[b, h, before]
-            leaving = recent[b, h, now]
-            if seen[b] >= size and leaving < 0:
-                goal, last = -1 - leaving, length[b, h] - 1
-                to, source = table[b, h, goal // page], table[b, h, last // page]
-                for c in range(dim):
-                    keys[to, goal % page, c] = keys[source, last % page, c]
-                    values[to, goal % page, c] = values[source, last % page, c]
-                recent[b, h, before] = goal if recent[b, h, before] >= 0 else -1 - goal
-            else:
-                if length[b, h] % page == 0:
-                    table[b, h, length[b, h] // page] = used[0]
-                    used[0] += 1
-                length[b, h] += 1
-            recent[b, h, now] = length[b, h] - 1
-        if valid[b]:
-            seen[b] += 1
-    return missing
-
-
-# ---- attention
 
 
 @machine

@@ -39,6 +39,7 @@ NAMES = (
     "heads",
     "kernel",
     "loops",
+    "takes",
     "team",
     "pool",
     "slots",
@@ -213,8 +214,11 @@ def _before_decoder(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     ids = args[0] if args else kwargs.get("input_ids")
     like = ids if ids is not None else kwargs["inputs_embeds"][..., 0]
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if mask is not None and mask.dim() != 2:
-        raise ValueError("a model with a compressed cache takes an attention_mask [batch, seq] of real tokens only")
+    if mask is not None and (isinstance(mask, dict) or mask.dim() != 2):  # made for a static cache, or packed
+        raise ValueError(
+            "a model with a compressed cache takes a new DynamicCache (no static one), and an attention_mask [batch, "
+            "seq] of real tokens only"
+        )
     if mask is None and positions is not None and bool((positions.diff(dim=-1) < 0).any()):
         raise ValueError("a model with a compressed cache takes one sequence per row: pad them instead of packing")
     seq = like.shape[1]
@@ -252,7 +256,8 @@ def _attention(
     slots, rotary = dmc
     rotate = partial(_rotated, module.dmc_rotate, rotary) if module.dmc_rotate is not None else _as_it_is
     grouped = query.unflatten(1, (key.shape[1], -1))
-    heads = Heads(grouped, key, value, rotate, scaling)
+    known = rotary is not None and in_halves(module.dmc_rotate, query.shape[-1], rotary[0].shape[-1])
+    heads = Heads(grouped, key, value, rotate, scaling, rotary if known else None)
     out, decisions = attention(heads, module.dmc.gates, module.dmc.text, slots, module.training, dropout)
     if module.dmc.record is not None and decisions is not None:
         module.dmc.record.append(decisions)
@@ -261,6 +266,20 @@ def _attention(
 
 def _rotated(rotate: Any, rotary: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     return (query, key) if rotary is None else rotate(query, key, *rotary)  # None where a config has no positions
+
+
+@lru_cache
+def in_halves(rotate: Any, dim: int, channels: int) -> bool:
+    """Whether a model's rotation is that of channels i and i + half of the first `channels` ones: it is tried."""
+    if rotate is None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    states, cos, sin = (torch.randn(1, 1, size, generator=generator) for size in (dim, channels, channels))
+    first, second, rest = states.split([channels // 2, channels // 2, dim - channels], -1)
+    expected = torch.cat([first, second, torch.zeros_like(rest)], -1)[..., :channels] * cos
+    expected = torch.cat([expected + torch.cat([-second, first], -1) * sin, rest], -1)
+    found = rotate(states.unsqueeze(1), states.unsqueeze(1), cos, sin)
+    return all(torch.allclose(part[0], expected, atol=1e-5) for part in found)
 
 
 def _as_it_is(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
