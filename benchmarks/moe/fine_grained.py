@@ -5,6 +5,8 @@ as much of them as the dense FFN has (1x) or twice that (2x). A single expert pe
 itself, so the 1x standard arm takes its weights from the softmax over all, and a third arm does so with 64 experts.
 Routers of 64 experts cost some FLOPs more: a second gain grants the standard arm as many, by its loss at two lengths.
 
+With `--pairs`, a file or folder of minimal pairs in BLiMP's format, the models in the work folder decide those too.
+
     python -m benchmarks.moe.fine_grained --work runs/moe [--sizes tiny small] [--lengths 200 800] [--rates 0.004]
 """
 
@@ -12,9 +14,12 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise, product
+from pathlib import Path
 
 from benchmarks.moe.small import RATE, fresh, gap, parser, trained
 from benchmarks.record import Record, Row, claim, show
+
+from nestling import evaluate, hub
 
 # name -> experts, experts per token (both at granularity 1), granularity, normalized over the chosen; None is dense
 ARMS = {
@@ -27,7 +32,8 @@ ARMS = {
 }
 PAIRS = {"1x": ("1x G1 pre", "1x G8 post"), "2x": ("2x G1 post", "2x G8 post")}
 PAPER = {"1x": 0.050, "2x": 0.023}  # 2506.02890 at 11B and at 56B
-FIGURES = ("loss", "params", "active_params", "max_load", "dead", "training_seconds")
+FIGURES = ("loss", "pairs", "params", "active_params", "max_load", "dead", "training_seconds")
+PAIRS_PER_FILE = 100
 
 
 def main() -> None:
@@ -35,6 +41,7 @@ def main() -> None:
     options.add_argument("--sizes", nargs="+", default=["tiny", "small"], help="tiny, small or large")
     options.add_argument("--lengths", type=int, nargs="+", default=[200, 800], help="steps of 2,048 tokens")
     options.add_argument("--rates", type=float, nargs="+", default=[RATE], help="learning rates")
+    options.add_argument("--pairs", type=Path, help="minimal pairs in BLiMP's format, a file or a folder")
     chosen, record = options.parse_args(), Record("moe", "fine_grained")
     grid = product(chosen.sizes, chosen.lengths, chosen.rates, chosen.seeds, chosen.arms)
     for size, steps, rate, seed, arm in grid:
@@ -43,9 +50,18 @@ def main() -> None:
         run = lambda name=name, make=make, steps=steps, seed=seed, rate=rate: trained(  # noqa: E731
             chosen.work, name, make, steps, seed, rate
         )
-        record.row({"size": size, "steps": steps, "rate": rate, "arm": arm, "seed": seed}, run)
+        row = record.row({"size": size, "steps": steps, "rate": rate, "arm": arm, "seed": seed}, run)
+        if chosen.pairs and "pairs" not in row:
+            row["pairs"] = decided(chosen.work / name / "model", chosen.pairs)
         record.save(claims(record))
     show(record.rows, ("size", "steps", "rate", "arm"), FIGURES)
+
+
+def decided(folder: Path, pairs: Path) -> float:
+    """Part of the minimal pairs that a model decides rightly."""
+    model, words = hub.load(folder)
+    assert words is not None
+    return round(evaluate.minimal_pairs(model, words, pairs, limit=PAIRS_PER_FILE).accuracy, 4)
 
 
 def claims(record: Record) -> dict[str, Row]:
@@ -72,6 +88,10 @@ def compared(record: Record, size: str, steps: int, multiple: str) -> dict[str, 
     pairs = [(record.find(**coarse, seed=seed), record.find(**fine, seed=seed)) for seed in seeds]
     both = [(a, b) for a, b in pairs if a is not None and b is not None]
     found = {f"{start}_loss_gain": gain}
+    judged = [b["pairs"] - a["pairs"] for a, b in both if "pairs" in a and "pairs" in b]
+    if len(judged) == len(both):
+        how = f"part of minimal pairs decided rightly, fine minus standard, {what}"
+        found[f"{start}_minimal_pairs_gain"] = claim(judged, seeds, how, "accuracy")
     granted = [_granted(record, a, b) for a, b in both]
     if all(value is not None for value in granted):
         gains = [a["loss"] - b["loss"] - float(g or 0) for (a, b), g in zip(both, granted, strict=True)]
