@@ -142,7 +142,8 @@ def mixture_config(
     _check_numbers(config.intermediate_size, num_experts, num_experts_per_tok, granularity, post, shared)
     if isinstance(kin.routed.post, bool) and kin.routed.post != post:
         raise UnsupportedArchitecture(
-            f"{kin.model_type} always normalizes over the chosen experts: take mode exact, or a model such as qwen3"
+            f"{kin.model_type} always normalizes over the chosen experts: leave it so (mode exact, normalize true), "
+            f"or take a model such as qwen3"
         )
     made, experts, neurons = config_like(kin.model_type, config), expert_axis(kin), width_axis(kin)
     width = config.intermediate_size // granularity

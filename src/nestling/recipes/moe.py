@@ -241,7 +241,7 @@ def _described(model: PreTrainedModel) -> str:
     price = cost(anatomy)
     return (
         f"{model.config.model_type}, {experts} experts of {width} neurons, {chosen} of a token\n"
-        f"{count(price.params)} parameters, {count(price.active_params)} active (embeddings counted in both)"
+        f"{count(price.params)} parameters, {count(price.active_params)} active (both with embeddings)"
     )
 
 
