@@ -200,6 +200,13 @@ def test_rotations_are_recognized_by_what_they_do():
     assert not in_halves(neighbours, 8, 8)
 
 
+def test_a_cache_of_another_batch_or_model_is_refused():
+    _, cache = in_pieces(merging(), ids(2), [0, 17])
+    for model, tokens in ((merging(), ids(3, 1)), (merging(), ids(3, 4)), (merging(method="dms"), ids(2, 1))):
+        with torch.no_grad(), pytest.raises(ValueError, match="another batch or model"):
+            model(tokens, **{cache_name(model): cache})
+
+
 def test_merged_tokens_cannot_be_taken_back():
     _, cache = in_pieces(merging(), ids(), [0, 17])
     cache.crop(0)

@@ -59,6 +59,7 @@ def measure(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> 
         for batch in batches:
             ids = batch["input_ids"].to(model.device)
             mask = batch.get("attention_mask")
+            mask = mask.to(model.device) if mask is not None else None
             with recording(model) as decisions:
                 decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False)
             valid = decisions[0].valid

@@ -37,6 +37,7 @@ def attention(
     if slots is not None and not training:
         if not slots.is_initialized:
             slots.lazy_initialization(heads.key, heads.value, gates.recent)
+        slots.check(heads.key, gates.recent)
         if heads.key.shape[2] == 1 and not torch.is_grad_enabled():
             return decode(heads, gates, text, slots), None
         return prefill(heads, gates, text, slots)

@@ -139,6 +139,14 @@ class SlotLayer(CacheLayerMixin):
         self.dtype, self.device = found["keys"].dtype, found["keys"].device
         self.tokens, self.is_initialized = tokens, True
 
+    def check(self, key_states: Tensor, recent: int) -> None:
+        """Raises `ValueError` unless this holds what keys `[batch, heads, *, dim]` go on: loops would not notice."""
+        given = (*key_states.shape[:2], key_states.shape[-1], recent)
+        held = (*self.length.shape, self.keys.shape[-1], self.recent.shape[-1])
+        if given != held:
+            names = "sequences, heads, channels, newest tokens that stay"
+            raise ValueError(f"this cache is of another batch or model: it holds {held} {names}, and is given {given}")
+
     def reserve(self, length: Tensor) -> None:
         """Make room for heads of that length `[batch, heads]`, and note which pages are whose."""
         wanted, held = -(-length // PAGE), -(-self.length // PAGE)
