@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from nestling.report import colour
+from nestling.report import colour, write_report
 from nestling.report.curve import curves, goal, series, smooth, thin
 from nestling.report.picture import CELLS, Scale, Strip, axes, describe, layers, strip_svg
 from nestling.report.scatter import candidates, others, pareto, scatter
@@ -195,6 +195,19 @@ def test_candidates_are_ordered_by_loss_and_the_childs_shape_is_chosen():
     summary = runs.summary()
     summary["candidates"][4]["chosen"] = True
     assert [one.shape["num_hidden_layers"] for one in candidates(summary) if one.chosen] == [24]
+
+
+def test_what_a_short_training_showed_decides_the_order(tmp_path):
+    summary = runs.summary()
+    page = write_report(runs.write_run(tmp_path / "plain", summary)).read_text()
+    assert "distilled briefly" not in page
+    for place, (loss, tokens) in {5: (4.1, 2000), 3: (4.2, 2000), 0: (4.05, 1000)}.items():
+        summary["candidates"][place] |= {"trained_loss": loss, "trained_tokens": tokens}
+    shapes = [one["shape"] for one in summary["candidates"]]
+    assert [shapes.index(one.shape) for one in candidates(summary)] == [5, 3, 0, 1, 2, 4, 6, 7, 8, 9]
+    page = write_report(runs.write_run(tmp_path / "trained", summary)).read_text()
+    assert "distilled briefly" in page
+    assert "<td>4.050</td><td>1,000</td>" in page
 
 
 def test_one_candidate_is_no_chart():

@@ -10,22 +10,24 @@ from typing import Any
 
 from nestling.report import human
 from nestling.report.picture import describe
-from nestling.report.run import finite, items, mapping
+from nestling.report.run import finite, items, mapping, number
 from nestling.report.svg import Frame, element, line, padded, scaled
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A shape that was tried."""
+    """A shape that was tried; trained: its loss after a short training of so many tokens."""
 
     shape: dict[str, Any]
     params: float | None
     loss: float | None
     chosen: bool
+    trained: float | None = None
+    tokens: float | None = None
 
 
 def candidates(summary: Mapping[str, Any]) -> list[Candidate]:
-    """The shapes that were tried, lowest loss first, those that were not scored last.
+    """The shapes that were tried, best first: trained the longest, then the lowest loss; those not scored last.
 
     A candidate that says `"chosen": true` is the chosen one; otherwise it is the one with the child's shape.
     """
@@ -34,16 +36,25 @@ def candidates(summary: Mapping[str, Any]) -> list[Candidate]:
     shape = mapping(summary, "shape")
     chosen = said if any(said) else [bool(shape) and mapping(entry, "shape") == shape for entry in entries]
     found = [
-        Candidate(mapping(entry, "shape"), finite(entry, "params"), finite(entry, "loss"), mark)
+        Candidate(*_known(entry), mark, finite(entry, "trained_loss"), number(entry, "trained_tokens"))
         for entry, mark in zip(entries, chosen, strict=True)
     ]
-    return sorted(found, key=lambda one: math.inf if one.loss is None else one.loss)
+    return sorted(found, key=_place)
 
 
 def others(summary: Mapping[str, Any]) -> list[Candidate]:
     """Shapes that were measured on the way to the candidates, such as each axis cut alone."""
     entries = [entry for entry in items(summary, "measured") if mapping(entry)]
-    return [Candidate(mapping(one, "shape"), finite(one, "params"), finite(one, "loss"), False) for one in entries]
+    return [Candidate(*_known(one), False) for one in entries]
+
+
+def _known(entry: Mapping[str, Any]) -> tuple[dict[str, Any], float | None, float | None]:
+    return mapping(entry, "shape"), finite(entry, "params"), finite(entry, "loss")
+
+
+def _place(one: Candidate) -> tuple[float, float]:
+    loss = one.loss if one.trained is None else one.trained
+    return -(one.tokens or 0), math.inf if loss is None else loss
 
 
 def scatter(found: Sequence[Candidate], width: int) -> str:
