@@ -61,6 +61,7 @@ ARMS = {
     "heterogeneous": Arm({"per_layer": "intermediate_size"}, paper="no figures"),
     "heterogeneous heads too": Arm({"per_layer": "intermediate_size,num_key_value_heads"}, paper="no figures"),
     "no routing": Arm({"routing": 0.0}),
+    "heterogeneous no routing": Arm({"per_layer": "intermediate_size", "routing": 0.0}, "heterogeneous"),
     "routing 0.1": Arm({"routing": 0.1}),
     "routing 0.3": Arm({"routing": 0.3}),
     "routing 0.5": Arm({"routing": 0.5}),

@@ -164,13 +164,16 @@ def budgets(words: list[str]) -> list[str]:
 def show(family: Family, losses: Mapping[str, float], context: int = 4096) -> None:
     """A line for each member."""
     table = Table(box=None, pad_edge=False)
-    for column in ("member", "params", "of parent", "weights", f"KV at {context}", *(["loss"] if losses else [])):
-        table.add_column(column, justify="left" if column == "member" else "right")
-    whole = family.cost(WHOLE).params
+    table.add_column("member", overflow="fold")
+    named = ("params", "of parent", "off budget", "weights", f"KV at {context}", *(["loss"] if losses else []))
+    for column in named:
+        table.add_column(column, justify="right")
+    whole, errors = family.cost(WHOLE).params, family.info.get("errors", {})
     for name in family:
         cost = family.cost(name, context)
-        row = [name, count(cost.params), f"{cost.params / whole:.3f}", size(cost.weight_bytes), size(cost.kv_bytes)]
-        table.add_row(*row, *([f"{losses[name]:.4f}"] if losses else []))
+        off = f"{errors[name]:+.2%}" if name in errors else ""
+        row = [count(cost.params), f"{cost.params / whole:.3f}", off, size(cost.weight_bytes), size(cost.kv_bytes)]
+        table.add_row(name, *row, *([f"{losses[name]:.4f}"] if losses else []))
     console.print(table)
 
 
