@@ -10,7 +10,8 @@ position (scores and values) plus 5 per element of a recurrent state (decay, inp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -87,13 +88,14 @@ def cost_of_form(
             there = [spec for spec in anatomy.of_layer[layer] if spec.use is None or spec.use in form.layers]
             known[key] = _Counts.of(anatomy, there, sizes, length, copies)
         total = total + known[key]
+    figure = {name: total.sum(terms) for name, terms in figures(item).items()}
     return Cost(
-        params=total.params,
-        active_params=round(total.active),
-        weight_bytes=total.params * item,
-        kv_bytes=total.kv * batch * item,
-        state_bytes=(STATE_BYTES * total.state + item * total.recent) * batch,
-        flops_per_token=round(2 * total.matmul + 4 * total.attention + 5 * total.state),
+        params=round(figure["params"]),
+        active_params=round(figure["active_params"]),
+        weight_bytes=round(figure["weight_bytes"]),
+        kv_bytes=round(figure["kv_bytes"]) * batch,
+        state_bytes=round(figure["state_bytes"]) * batch,
+        flops_per_token=round(figure["flops_per_token"]),
         context=context,
         batch=batch,
     )
@@ -121,13 +123,52 @@ def cost_by_kind(
     return found
 
 
+# ---- what counts as what
+
+
+def figures(item: int) -> dict[str, dict[str, float]]:
+    """Each figure as a sum over kinds of numbers, those that `tensor_kinds` and `products` name, for one sequence.
+
+    item: bytes of a number in the model's dtype.
+    """
+    state = {"state": STATE_BYTES, "recent": item}
+    return {
+        "params": {"params": 1},
+        "active_params": {"active": 1},
+        "weight_bytes": {"params": item},
+        "kv_bytes": {"kv": item},
+        "state_bytes": state,
+        "memory_bytes": {"params": item, "kv": item, **state},
+        "flops_per_token": {"matmul": 2, "attention": 4, "state": 5},
+    }
+
+
+def tensor_kinds(anatomy: Anatomy, spec: TensorSpec, shared_copy: bool = False) -> tuple[str, ...]:
+    """What the elements of a tensor count as: `params`, and as far as one token uses them `active` and `matmul`.
+
+    shared_copy: whether another layer has the same tensor already.
+    """
+    made = anatomy.architecture
+    if made.routed is not None and made.routed.bias and spec.name.endswith(f".{made.routed.bias}"):
+        return ()  # a buffer: set by the loads of the experts, not learned
+    same = shared_copy or (anatomy.tied and spec.name == made.tied)
+    at_work = len(spec.layout) > 1 and spec.name != made.lookup and spec.computes
+    return (*(() if same else ("params", "active")), *(("matmul",) if at_work else ()))
+
+
+def products(anatomy: Anatomy, block: str, length: int) -> Iterator[tuple[str, str, int]]:
+    """What a block keeps and attends to: its kind, a product of letters, and how often, for `length` positions."""
+    made = anatomy.architecture
+    attends = made.attends.get(block)
+    yield from (("kv", product, length) for product in made.kv_cache.get(block, ()))
+    yield from (("attention", product, length) for product in ([attends] if attends else []))
+    yield from (("state", product, 1) for product in made.state.get(block, ()))
+    yield from (("recent", product, 1) for product in made.recent.get(block, ()))
+
+
 @dataclass(frozen=True)
 class _Counts:
-    """What some tensors, and the blocks that they make up, add to a cost, in numbers.
-
-    matmul: weights of matrices that a token meets. kv, attention: for all positions attended. state, recent: of
-    a sequence, in float32 and in the model's dtype.
-    """
+    """What some tensors, and the blocks that they make up, add to each kind of numbers; see `figures`."""
 
     params: int = 0
     active: float = 0.0
@@ -140,6 +181,9 @@ class _Counts:
     def __add__(self, other: _Counts) -> _Counts:
         return _Counts(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
+    def sum(self, terms: Mapping[str, float]) -> float:
+        return sum(factor * getattr(self, kind) for kind, factor in terms.items())
+
     @classmethod
     def of(
         cls,
@@ -150,25 +194,16 @@ class _Counts:
         copies: bool = False,
     ) -> _Counts:
         """copies: whether another layer has the weights of the shared block already."""
-        made = anatomy.architecture
-        params, active, matmul = 0, 0.0, 0.0
+        found: dict[str, float] = defaultdict(int)
         for spec in specs:
-            if made.routed is not None and made.routed.bias and spec.name.endswith(f".{made.routed.bias}"):
-                continue  # a buffer: set by the loads of the experts, not learned
-            shared_copy = copies and spec.block == anatomy.sharing.block
-            tied_copy = shared_copy or (anatomy.tied and spec.name == made.tied)
             count = math.prod(dimension.size(sizes) for dimension in spec.layout)
             used = count * share_used(anatomy, spec, sizes)
-            at_work = len(spec.layout) > 1 and spec.name != made.lookup and spec.computes
-            params += 0 if tied_copy else count
-            active += 0 if tied_copy else used
-            matmul += used if at_work else 0
-        blocks = {spec.block for spec in specs if spec.layer is not None and spec.block is not None}
-        kv = length * sum(products_size(made.kv_cache.get(block, ()), sizes) for block in blocks)
-        attention = length * sum(products_size(_one(made.attends.get(block)), sizes) for block in blocks)
-        state = sum(products_size(made.state.get(block, ()), sizes) for block in blocks)
-        recent = sum(products_size(made.recent.get(block, ()), sizes) for block in blocks)
-        return cls(params, active, matmul, kv, attention, state, recent)
+            for kind in tensor_kinds(anatomy, spec, copies and spec.block == anatomy.sharing.block):
+                found[kind] += count if kind == "params" else used
+        for block in {spec.block for spec in specs if spec.layer is not None and spec.block is not None}:
+            for kind, product, times in products(anatomy, block, length):
+                found[kind] += times * products_size((product,), sizes)
+        return cls(**found)  # type: ignore[arg-type]
 
 
 def share_used(anatomy: Anatomy, spec: TensorSpec, sizes: Mapping[str, int]) -> float:
@@ -194,10 +229,6 @@ def attended_length(anatomy: Anatomy, layer: int, context: int) -> int:
 def products_size(products: tuple[str, ...], sizes: Mapping[str, int]) -> int:
     """The sum of products of letters, such as `kv d` and `kv d`, at these sizes."""
     return sum(parse(f"({product})")[0].size(sizes) for product in products)
-
-
-def _one(product: str | None) -> tuple[str, ...]:
-    return (product,) if product else ()
 
 
 def item_bytes(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> int:

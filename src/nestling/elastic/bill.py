@@ -1,14 +1,16 @@
 """What a shape costs, as a function that can be differentiated: the costs of `nestling.cost` for sizes that are not
 whole, and for layers that are only partly there.
 
-Every figure is a sum of monomials in the sizes of the letters, read off the declared layouts once; a layer's are
-multiplied by its gate, 1 where the layer stays. Sizes that routers only expect, E[size], go in as they are, so at a
-hard choice the figures are those of `cost`. Paper: Nemotron Elastic, arXiv 2511.16664, section 3.4 (C(a)).
+What counts as what is said there (`tensor_kinds`, `products`, `figures`). Every figure is a sum of monomials in the
+sizes of the letters, read off the declared layouts once; a layer's are multiplied by its gate, 1 where the layer stays.
+Sizes that routers only expect, E[size], go in as they are, so at a hard choice the figures are those of `cost`. Paper:
+Nemotron Elastic, arXiv 2511.16664, section 3.4 (C(a)).
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from nestling.anatomy import Anatomy, TensorSpec
 from nestling.anatomy.notation import Dimension, parse
-from nestling.cost import STATE_BYTES, attended_length, item_bytes
+from nestling.cost import attended_length, figures, item_bytes, products, tensor_kinds
 from nestling.errors import TargetError
 
 METRICS = ("params", "active_params", "weight_bytes", "kv_bytes", "state_bytes", "memory_bytes", "flops_per_token")
@@ -82,28 +84,18 @@ class Bill:
     def __init__(self, anatomy: Anatomy, context: int = 4096):
         self.anatomy, self.context = anatomy, context
         self._letters = letters_of(anatomy)
-        params, active, matrices = (_Sum(anatomy) for _ in range(3))
+        sums: dict[str, _Sum] = defaultdict(lambda: _Sum(anatomy))
         for spec in anatomy.tensors.values():
-            self._tensor(spec, params, active, matrices)
-        kv, state, recent, attention = (_Sum(anatomy) for _ in range(4))
+            self._tensor(spec, sums)
         for layer, block in _blocks(anatomy):
-            architecture, length = anatomy.architecture, attended_length(anatomy, layer, context)
-            self._products(kv, layer, architecture.kv_cache.get(block, ()), length)
-            self._products(state, layer, architecture.state.get(block, ()), 1)
-            self._products(recent, layer, architecture.recent.get(block, ()), 1)
-            self._products(attention, layer, tuple(filter(None, [architecture.attends.get(block)])), length)
-        item = item_bytes(anatomy.config)
-        states: list[tuple[float, list[Term]]] = [(STATE_BYTES, state.terms()), (item, recent.terms())]
-        terms: dict[str, list[tuple[float, list[Term]]]] = {
-            "params": [(1, params.terms())],
-            "active_params": [(1, active.terms())],
-            "weight_bytes": [(item, params.terms())],
-            "kv_bytes": [(item, kv.terms())],
-            "state_bytes": states,
-            "memory_bytes": [(item, params.terms()), (item, kv.terms()), *states],
-            "flops_per_token": [(2, matrices.terms()), (4, attention.terms()), (5, state.terms())],
+            for kind, product, times in products(anatomy, block, attended_length(anatomy, layer, context)):
+                for letters in _expanded(parse(f"({product})")):
+                    factor, free, capped = self._split(layer, letters)
+                    sums[kind].add(layer, factor * times, free, capped)
+        self._tables = {
+            metric: Table([(factor, sums[kind].terms()) for kind, factor in parts.items()], self._letters)
+            for metric, parts in figures(item_bytes(anatomy.config)).items()
         }
-        self._tables = {metric: Table(parts, self._letters) for metric, parts in terms.items()}
 
     def __call__(self, metric: str, sizes: Sizes, gates: Tensor) -> Tensor:
         """One cost `[...]`, float64. Raises `TargetError` for a metric that is not a function of sizes."""
@@ -115,28 +107,17 @@ class Bill:
         """The parent's own sizes and gates."""
         return whole(self.anatomy)
 
-    def _tensor(self, spec: TensorSpec, params: _Sum, active: _Sum, matrices: _Sum) -> None:
+    def _tensor(self, spec: TensorSpec, sums: Mapping[str, _Sum]) -> None:
         anatomy, sizes = self.anatomy, self.anatomy.sizes(spec.layer)
-        routed = anatomy.architecture.routed
-        if routed is not None and routed.bias and spec.name.endswith(f".{routed.bias}"):
-            return  # a buffer, as in `cost`
         experts = {
             axis.letter: float(getattr(anatomy.config, axis.active)) / math.prod(sizes[outer] for outer in axis.within)
             for axis in anatomy.axes.values()
             if axis.active and len(spec.layout) > 2 and axis.letter in spec.layout[0].letters
         }
-        for letters in _expanded(spec.layout):
-            if not (anatomy.tied and spec.name == anatomy.architecture.tied):
-                params.add(spec.layer, *self._split(spec.layer, letters))
-                active.add(spec.layer, *self._split(spec.layer, letters, experts))
-            if len(spec.layout) > 1 and spec.name != anatomy.architecture.lookup:
-                matrices.add(spec.layer, *self._split(spec.layer, letters, experts))
-
-    def _products(self, into: _Sum, layer: int, products: tuple[str, ...], times: float) -> None:
-        for product in products:
-            for letters in _expanded(parse(f"({product})")):
-                factor, free, capped = self._split(layer, letters)
-                into.add(layer, factor * times, free, capped)
+        for kind in tensor_kinds(anatomy, spec):
+            for letters in _expanded(spec.layout):
+                used = None if kind == "params" else experts
+                sums[kind].add(spec.layer, *self._split(spec.layer, letters, used))
 
     def _split(
         self, layer: int | None, letters: Letters, experts: Mapping[str, float] | None = None
