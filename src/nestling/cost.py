@@ -131,7 +131,7 @@ def figures(item: int) -> dict[str, dict[str, float]]:
 
     item: bytes of a number in the model's dtype.
     """
-    state = {"state": STATE_BYTES, "recent": item}
+    state: dict[str, float] = {"state": STATE_BYTES, "recent": item}
     return {
         "params": {"params": 1},
         "active_params": {"active": 1},
