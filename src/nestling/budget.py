@@ -87,6 +87,8 @@ class Budget:
             have = getattr(parent, LIMITS[name])
             if have is None:  # not measured yet; a ratio can be judged all the same
                 have = 1.0 if limit.relative else None
+            if have == 0:
+                raise TargetError(f"this model has no {name} that could be fewer: leave the limit on them out")
             if have is not None and limit.of(have) >= have:
                 raise TargetError(
                     f"the target {name}={_shown(name, limit)} is not below the parent's {have:,.0f}: ask for less, "

@@ -59,9 +59,11 @@ class Shape(Mapping[str, Value]):
         fields: dict[str, int] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
             name, _, value = part.partition("=")
-            if not value.strip().isdigit():
+            if not value.strip().isdecimal():
                 raise ShapeError(f"'{part}' is not a size: write FIELD=NUMBER, as in intermediate_size=1152")
             fields[name.strip()] = int(value)
+        if not fields:
+            raise ShapeError(f"'{text}' names no size: write FIELD=NUMBER, as in intermediate_size=1152")
         return cls(**fields)
 
     def save(self, path: str | Path) -> None:

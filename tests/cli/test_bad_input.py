@@ -110,6 +110,12 @@ TARGET = {
         _file("s.json", "[1"),
         "'s.json' is not a shape file .* expected",
     ),
+    "no size": (["prune", "m", "--shape", "", *FEW], None, "'' names no size: write FIELD=NUMBER"),
+    "no experts": (
+        ["moe", "train", "m", *TEXT[:2]],
+        None,
+        "has no routed experts: make some with nestling moe upcycle",
+    ),
     "both": (
         ["prune", "m", "--shape", "hidden_size=42", "--to", "0.5x"],
         None,
@@ -184,6 +190,13 @@ NUMBER = {
         None,
         "context -3 is not possible: a row needs",
     ),
+    "no device": (["rank", "m", *FEW, "--device", "meta"], None, "device 'meta' holds no numbers .* use cpu"),
+    "rounds of ranking": (["rank", "m", *FEW, "--rounds", "0"], None, "rounds 0 is not possible: give at least 1"),
+    "nothing to limit": (
+        ["search", "m", *FEW, "--to", "state_bytes=0.5x"],
+        None,
+        "this model has no state_bytes that could be fewer: leave",
+    ),
     "batch": (["rank", "m", *FEW, "--batch_size", "-1"], None, "batch_size -1 is not possible: give at least 1"),
     "finalists": ([*HALF, "--finalists", "0"], None, "finalists 0 is not possible: give at least 1"),
     "calibration": (
@@ -222,6 +235,17 @@ NUMBER = {
         ["compress", "m", *JOB, "--distill.micro_batch_size", "3"],
         None,
         "micro_batch_size 3 does not divide the 2 sequences",
+    ),
+    "vocabulary": (["pretrain", "dense-3m", *TEXT[:2], "--vocab_size", "9"], None, "vocab_size 9 is not possible"),
+    "rows of members": (
+        ["elastic", "train", "m", *FEW, "--to", "0.8x", "--train.context", "9999"],
+        None,
+        "has fewer than 9999 tokens for the split 'train'",
+    ),
+    "rows of a retrofit": (
+        ["dmc", "retrofit", "m", *TEXT[:2], "--train.micro_batch_size", "3", "--train.context", "32"],
+        None,
+        "micro_batch_size 3 does not divide the 8 sequences",
     ),
     "no pairs": (["eval", "m", "--pairs", "p", "--limit", "0"], None, "limit 0 is not possible: give at least 1"),
     "costs": (["inspect", "m", "--batch", "0"], None, "batch 0 is not possible: give at least 1"),

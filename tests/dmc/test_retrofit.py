@@ -117,6 +117,20 @@ def test_an_interrupted_run_ends_at_the_same_weights(tmp_path):
         assert torch.equal(tensor, again.state_dict()[name]), name
 
 
+def test_a_run_that_goes_on_from_its_last_checkpoint_keeps_what_the_freed_channel_has_learnt(tmp_path):
+    """Stopped after training and before the model was kept: no step is left that would say where the run is."""
+    data, options = token_batches(4, seq=10), {"steps": 4, "save_every": 2, "kd_weight": 1.0} | SETTINGS
+    trained, again = (
+        dmc.retrofit(tiny("llama", dtype=torch.float32), data, run_dir=tmp_path, **options) for _ in range(2)
+    )
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    assert again.config.dmc["keep"] == 0
+    anatomy = Anatomy.of(trained)
+    rows = last_channel(anatomy, sites(anatomy)[0]).items()
+    assert any(trained.state_dict()[name][row].any() for name, row in rows)  # negative control: it has learnt
+
+
 class _Stopping:
     """Batches as before, and an interrupt at the end of a step."""
 

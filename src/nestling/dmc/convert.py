@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from nestling.anatomy import Anatomy
-from nestling.anatomy.attention import last_channel, sites
+from nestling.anatomy.attention import Site, last_channel, sites
 from nestling.dmc.register import config_class, model_class
 from nestling.dmc.runtime.gates import METHODS, Gates
 from nestling.dmc.runtime.modeling import attach
@@ -30,12 +30,7 @@ def convert(model: PreTrainedModel, **gates: Any) -> PreTrainedModel:
     if is_converted(model):
         raise NestlingError("this model has gates already: start from the stock model")
     anatomy = Anatomy.of(model)
-    places = sites(anatomy)
-    if not places:
-        raise UnsupportedArchitecture(
-            f"no layer of this {anatomy.architecture.model_type} model has plain full attention with a "
-            f"cache of its own: what slides or keeps a state is bounded already, sinks, gates, latents cannot be merged"
-        )
+    places = check(anatomy)
     kinds: list[str | None] = [None] * anatomy.num_layers
     for site in places:
         kinds[site.layer] = "rotary" if site.rotary else "plain"
@@ -56,6 +51,17 @@ def convert(model: PreTrainedModel, **gates: Any) -> PreTrainedModel:
     model.__class__ = model_class(base)
     attach(model)
     return model
+
+
+def check(anatomy: Anatomy) -> list[Site]:
+    """Where tokens could share slots. Raises `UnsupportedArchitecture` for a model that has no such place."""
+    places = sites(anatomy)
+    if not places:
+        raise UnsupportedArchitecture(
+            f"no layer of this {anatomy.architecture.model_type} model has plain full attention with a "
+            f"cache of its own: what slides or keeps a state is bounded already, sinks, gates, latents cannot be merged"
+        )
+    return places
 
 
 def free(model: PreTrainedModel) -> PreTrainedModel:

@@ -29,6 +29,7 @@ class Retrofit(Learner):
 
     pressure: Tensor
     shortfall: Tensor  # of the step so far: p* less the part that merges without noise
+    freed: Tensor  # whether the gate channel is out of attention; checkpoints keep it with the two above
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, settings: RetrofitSettings):
         super().__init__(student, teacher)
@@ -36,6 +37,7 @@ class Retrofit(Learner):
         self.objective = settings.objective()
         self.register_buffer("pressure", torch.tensor(float(settings.pressure)))
         self.register_buffer("shortfall", torch.zeros(()))
+        self.register_buffer("freed", torch.zeros((), dtype=torch.bool))
         self.goal = 0.0
 
     def begin(self, step: int, steps: int) -> None:
@@ -43,6 +45,7 @@ class Retrofit(Learner):
         self.press()
         freed = round(self.settings.free_part * steps)
         risen = max(1, steps - freed - round(self.settings.settle_part * steps))
+        self.freed.fill_(step >= freed)
         if step < freed:
             set_keep(self.student, max(1e-6, 1 - step / (0.8 * freed)))
         elif step == freed:
@@ -51,6 +54,16 @@ class Retrofit(Learner):
             set_keep(self.student, 0.0)
         ratio = 1 + (self.settings.ratio - 1) * min(1.0, max(0, step - freed + 1) / risen)
         self.goal = 1 - 1 / ratio
+
+    def finish(self) -> None:
+        """Leave the student with gates that decide, also after a job shorter than its first stage.
+
+        A run that goes on from its last checkpoint has no step to begin, and its channel has learnt since it was freed.
+        """
+        if self.freed:
+            set_keep(self.student, 0.0)
+        else:
+            free(self.student)
 
     def forward(
         self,

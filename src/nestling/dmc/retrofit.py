@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from nestling.dmc.convert import convert, free, is_converted
+from nestling.dmc.convert import convert, is_converted
 from nestling.dmc.learner import Retrofit
 from nestling.dmc.settings import RetrofitSettings
 from nestling.errors import NestlingError
@@ -43,7 +43,6 @@ def retrofit(
     convert(model, **settings.gates())
     learner = Retrofit(model, teacher.requires_grad_(False) if teacher is not None else None, settings)
     fit(learner, data, tokenizer, settings, run_dir, resume)
-    if model.config.dmc["keep"] != 0:  # a job shorter than its first stage
-        free(model)
+    learner.finish()
     model.config.dmc["ratio"] = settings.ratio
     return model

@@ -63,8 +63,9 @@ class Target:
             if not whole:
                 raise TargetError(f"the parent has no {metric.removesuffix('_bytes')} to limit: leave {metric} out")
             if limits[metric] >= whole:
+                shown = f"{whole:,.{0 if whole >= 100 else 2}f}"
                 raise TargetError(
-                    f"the budget {metric}={limit} is not below the parent's {whole:,.4g}: ask for less, such as 0.75x"
+                    f"the budget {metric}={limit} is not below the parent's {shown}: ask for less, such as 0.75x"
                 )
         return cls(budget, limits, bill, latency)
 

@@ -236,3 +236,5 @@ def _check_device(device: str | torch.device | None) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise CheckpointError(f"device '{device}' cannot be used here: {first_line(error)}") from error
+    if device is not None and torch.device(device).type == "meta":
+        raise CheckpointError("device 'meta' holds no numbers to compute with: use cpu or an accelerator")

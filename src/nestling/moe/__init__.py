@@ -5,12 +5,22 @@ from nestling.moe.dense import check_dense, to_dense
 from nestling.moe.ffn import sizes_of
 from nestling.moe.merge import merge
 from nestling.moe.routers import health
-from nestling.moe.train import MixtureLM, MixtureSettings, fresh_scale, loads, routed_modules, scale_experts, train
+from nestling.moe.train import (
+    MixtureLM,
+    MixtureSettings,
+    check_routed,
+    fresh_scale,
+    loads,
+    routed_modules,
+    scale_experts,
+    train,
+)
 
 __all__ = [
     "MixtureLM",
     "MixtureSettings",
     "check_dense",
+    "check_routed",
     "fresh_scale",
     "health",
     "loads",

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from nestling import processes
 from nestling.anatomy import Anatomy, decoder
 from nestling.anatomy.bypass import evaluating
+from nestling.anatomy.declare import Routed
 from nestling.anatomy.routing import BIAS
 from nestling.errors import NestlingError
 from nestling.experts import use_fast_experts
@@ -227,15 +228,20 @@ class MixtureLM(Learner):
 def routed_modules(model: PreTrainedModel) -> Iterator[tuple[int, nn.Module, nn.Module]]:
     """Layer, router and experts of each layer that has them. Raises `NestlingError` for a model without."""
     anatomy = Anatomy.of(model)
+    routed = check_routed(anatomy)
+    for layer in anatomy.routed_layers():
+        path = anatomy.layer_path(layer)
+        yield layer, model.get_submodule(f"{path}.{routed.router}"), model.get_submodule(f"{path}.{routed.experts}")
+
+
+def check_routed(anatomy: Anatomy) -> Routed:
+    """Where layers have their routed experts. Raises `NestlingError` for a model without."""
     routed = anatomy.architecture.routed
-    layers = anatomy.routed_layers()
-    if routed is None or not layers:
+    if routed is None or not anatomy.routed_layers():
         raise NestlingError(
             f"this {anatomy.architecture.model_type} model has no routed experts: make some with nestling moe upcycle"
         )
-    for layer in layers:
-        path = anatomy.layer_path(layer)
-        yield layer, model.get_submodule(f"{path}.{routed.router}"), model.get_submodule(f"{path}.{routed.experts}")
+    return routed
 
 
 def loads(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:

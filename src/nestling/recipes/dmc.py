@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nestling import data, dmc, evaluate
-from nestling.anatomy import cache_name
+from nestling.anatomy import Anatomy, cache_name
 from nestling.dmc import RetrofitSettings
+from nestling.dmc.convert import check
 from nestling.dmc.show import Merges, merges
 from nestling.errors import NestlingError
 from nestling.recipes.progress import Stages, bar, console
@@ -29,7 +30,7 @@ from nestling.recipes.settings import ModelSettings
 from nestling.recipes.source import Source
 from nestling.report.slots import slots_page
 from nestling.runs import write_atomically
-from nestling.train import documented
+from nestling.train import documented, split_batch
 
 
 @documented
@@ -107,6 +108,9 @@ def retrofit_model(settings: RetrofitVerb) -> dict[str, Any]:
     source = Source.open(settings)
     if dmc.is_converted(source.model):
         raise NestlingError(f"the cache of '{settings.model}' is compressed already: start from the stock model")
+    check(Anatomy.of(source.model))
+    data.batches(settings.data, source.tokenizer, context=settings.train.context, tokens=settings.train.context)
+    split_batch(settings.train, settings.train.context, source.model.device)
     run = Run("dmc retrofit", settings, settings.out, settings.overwrite)
     stages, context = Stages(3), settings.train.context
     with stages("measure the model as it is"):

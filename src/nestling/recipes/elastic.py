@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from nestling import evaluate, hub, processes
 from nestling.anatomy import Anatomy
 from nestling.budget import Budget
+from nestling.data import batches
 from nestling.elastic import WHOLE, ElasticSettings, Family, check, train
 from nestling.elastic.controls import random, uniform
 from nestling.elastic.timed import Latency
@@ -37,7 +38,7 @@ from nestling.search.parts import Work
 from nestling.search.timing import PROBES
 from nestling.shape import Shape
 from nestling.surgery import prune
-from nestling.train import documented
+from nestling.train import documented, split_batch
 
 
 @documented
@@ -78,6 +79,8 @@ def elastic_train(settings: ElasticTrain) -> dict[str, Any]:
     source = Source.open(replace(settings, device=settings.device or "cpu") if settings.train.fsdp else settings)
     latency = _latency(source, names, settings)
     check(Anatomy.of(source.model), names, settings.train, latency)
+    batches(settings.data, source.tokenizer, context=settings.train.context, tokens=settings.train.context)
+    split_batch(settings.train, settings.train.context, source.model.device)
     run = Run("elastic train", settings, settings.out, settings.overwrite)
     stages = Stages(4)
     with stages("rank every axis on calibration text"):

@@ -189,6 +189,8 @@ def train_mixture(settings: MixtureVerb) -> dict[str, Any]:
             settings, settings.architecture, "change them with nestling moe upcycle or prune", "granularity", "set"
         )
     config = None if checkpoint else _mixture(settings)
+    if checkpoint:
+        moe.check_routed(Anatomy.of(hub.config(settings.architecture, trust_remote_code=settings.trust_remote_code)))
     given = given_tokenizer(settings)
     run = Run("moe train", settings, settings.out, settings.overwrite)
     tokenizer = given or trained_tokenizer(settings, run)

@@ -64,6 +64,8 @@ class RankSettings(CalibrationSettings):
 def rank_model(settings: RankSettings) -> dict[str, Any]:
     """Rank a model and write the ranking; returns where it is and what it covers."""
     at_least("batch_size", 1 if settings.batch_size is None else settings.batch_size, 1)
+    for name, least in (("greedy_layers", 0), ("layer_block", 0), ("rounds", 1)):
+        at_least(name, getattr(settings, name), least)
     check_metrics(settings.metric, settings.layers, 0 if settings.layer_task else settings.greedy_layers)
     if settings.layer_block and settings.greedy_layers:
         raise NestlingError("layer_block and greedy_layers are two ways to rank layers: give one of them")

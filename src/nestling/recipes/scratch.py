@@ -16,11 +16,12 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from nestling import evaluate, hub, processes
 from nestling.cost import cost
 from nestling.data import train_tokenizer
+from nestling.data.vocabulary import SMALLEST
 from nestling.errors import DataError, NestlingError
 from nestling.hub.load import load_tokenizer, tokenizer_beside
 from nestling.pretrain import names_checkpoint
 from nestling.recipes.run import Run
-from nestling.recipes.settings import listed
+from nestling.recipes.settings import at_least, listed
 
 
 @dataclass(kw_only=True)
@@ -47,6 +48,10 @@ class ScratchSettings:
     device: str | None = None
     trust_remote_code: bool = False
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        at_least("vocab_size", self.vocab_size, SMALLEST)
+        at_least("evaluation_tokens", self.evaluation_tokens, 1)
 
 
 def fields(texts: str | list[str]) -> dict[str, Any]:

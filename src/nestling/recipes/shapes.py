@@ -31,7 +31,7 @@ def checked(model: PreTrainedModel, settings: ShapeSettings, to: str | None, sha
     A latency is not measured here, so whether a shape keeps it is found out later.
     """
     pricing = Pricing(Anatomy.of(model), settings.cost_context, settings.cost_batch)
-    if shape:
+    if shape is not None:
         given = Shape.parse(shape)
         pricing.cost(given)
         return given
