@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from nestling import hub
 from nestling.distill import distill
 from nestling.errors import NestlingError
 from nestling.train import fit, sharding
@@ -77,6 +78,37 @@ def test_each_process_holds_its_part_and_scalars_are_trained_too(tmp_path):
         torch.testing.assert_close(weights, expected, rtol=1e-9, atol=1e-11)
         assert held == pytest.approx(0.5, abs=0.01)
         assert told == seen == 4
+
+
+def from_disk(folder, **how):
+    """As `distilled`, of models that the first process alone reads; and what a process holds of them at most."""
+    student, teacher = (hub.load_once(folder / name)[0] for name in ("student", "teacher"))
+    parts = [*student.parameters(), *teacher.parameters()]
+    whole = sum(part.numel() for part in parts)
+    largest = max(sum(p.numel() for p in layer.parameters()) for layer in (*teacher.model.layers, teacher.lm_head))
+    plain, held = sharding.send, []
+
+    def send(module):
+        plain(module)
+        there = [p for m in (student, teacher) for p in m.parameters() if p.device.type != "meta"]
+        held.append(sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in there))
+
+    sharding.send = send
+    distill(student, teacher, token_batches(5, 4, 11), fsdp=True, **(PLAIN | how))
+    weights = {name: p.detach().clone() for name, p in student.named_parameters()}
+    return student.device.type, weights, max(held), whole / 2 + largest + 100
+
+
+def test_models_that_one_process_reads_are_sent_part_by_part(tmp_path):
+    """The others never hold more than their half and one layer, and end without weights; the first has them all."""
+    how = {"states": ["embedding", "output"], "steps": 3}
+    hub.save(tiny("llama-tied", seed=1, hidden_size=36, num_hidden_layers=3), tmp_path / "student")
+    hub.save(tiny("llama-tied"), tmp_path / "teacher")
+    expected, _ = distilled(**how)
+    (first, weights, all_of_it, _), (second, _, held, most) = together(2, tmp_path, lambda: from_disk(tmp_path, **how))
+    assert (first, second) == ("cpu", "meta")
+    torch.testing.assert_close(weights, expected, rtol=1e-9, atol=1e-11)
+    assert held <= most < all_of_it
 
 
 def dies_in_step(number, run_dir):

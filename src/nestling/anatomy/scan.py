@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-CHUNK = {"cpu": 32}
+CHUNK = {"cpu": 32, "meta": 32}  # without weights: another process has them, on its CPU
 
 
 @contextmanager

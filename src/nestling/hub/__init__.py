@@ -5,7 +5,7 @@ with it is found before weights are read, and said as one `CheckpointError`. Thi
 nothing about what is inside a model.
 """
 
-from nestling.hub.load import config, load, tokenizer
+from nestling.hub.load import config, load, load_once, tokenizer
 from nestling.hub.save import replacing, save
 
-__all__ = ["config", "load", "replacing", "save", "tokenizer"]
+__all__ = ["config", "load", "load_once", "replacing", "save", "tokenizer"]

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import nestling.anatomy  # noqa: F401  models whose layers differ in size become known to the auto classes
+from nestling import processes
 from nestling.errors import CheckpointError
 from nestling.experts import use_fast_experts
 from nestling.hub import builtin, gguf
@@ -69,6 +70,30 @@ def load(
     else:
         folder = place.path
     return _finish(*load_folder(folder, kind, trust_remote_code), source, device)
+
+
+def load_once(source: str | Path, **how: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """As `load`, in the first of several processes; the others get the model without its weights (on the meta device).
+
+    For models that are to be sharded (`nestling.train.sharding`). how: as `load` takes it. What it raises, all raise.
+    """
+    made: list[tuple[PreTrainedModel, PreTrainedTokenizerBase | None]] = []
+
+    def whole() -> dict[str, Any]:
+        made.append(load(source, **how))
+        model = made[0][0]
+        kinds = {name: str(p.dtype).removeprefix("torch.") for name, p in model.named_parameters()}
+        return {"dtype": str(model.dtype).removeprefix("torch."), "kinds": kinds}
+
+    told = processes.first(whole)
+    if made:
+        return made[0]
+    trust = {"trust_remote_code": how.get("trust_remote_code", False)}
+    with torch.device("meta"), quiet():
+        model = AutoModelForCausalLM.from_config(config(source, **trust), dtype=getattr(torch, told["dtype"]), **trust)
+    for name, parameter in model.named_parameters():  # some stay wide where the others are narrow
+        parameter.data = parameter.data.to(getattr(torch, told["kinds"][name]))
+    return use_fast_experts(model).eval(), tokenizer(source, **trust)
 
 
 def config(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:

@@ -44,11 +44,13 @@ def distill_model(settings: DistillVerb) -> dict[str, Any]:
     if settings.teacher is None:
         raise NestlingError("distill needs a model to learn from: give --teacher, such as the model that was pruned")
     # Whole models that are to be sharded may not fit on one device.
+    # A teacher of which all processes need a whole copy of their own is none of these.
     where = replace(settings, device=settings.device or "cpu") if settings.distill.fsdp else settings
-    student, tokenizer = load(where, settings.student)
+    once = settings.distill.fsdp and settings.distill.correction == "none" and settings.teacher_cache is None
+    student, tokenizer = load(where, settings.student, once)
     teacher = None
     if tokenizer is None or not _served(settings):
-        source = Source.open(where, "teacher")
+        source = Source.open(where, "teacher", once)
         teacher, tokenizer = source.model, tokenizer or source.tokenizer
     run = Run("distill", settings, settings.out, settings.overwrite)
     how = (settings.data, tokenizer, settings.distill, run.folder)

@@ -18,9 +18,15 @@ ROWS_AT_ONCE = 8  # at most
 UPDATES = 16  # of a progress bar over the text, where it has so many rows
 
 
-def load(settings: ModelSettings, where: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """`hub.load` with the settings' dtype, device and trust; each of several processes uses its own device."""
-    return hub.load(
+def load(
+    settings: ModelSettings, where: str, once: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """`hub.load` with the settings' dtype, device and trust; each of several processes uses its own device.
+
+    once: whole in the first process only, and without weights in the others: for models that are only to be sharded.
+    """
+    opened = hub.load_once if once else hub.load
+    return opened(
         where,
         dtype=settings.dtype,
         device=settings.device or processes.device(),
@@ -36,14 +42,16 @@ class Source:
     tokenizer: PreTrainedTokenizerBase
 
     @classmethod
-    def open(cls, settings: ModelSettings, name: str = "model") -> Source:
+    def open(cls, settings: ModelSettings, name: str = "model", once: bool = False) -> Source:
         """Load what `settings.<name>` says, with the settings' dtype, device and trust; seeds everything.
+
+        once: as `load` takes it.
 
         Raises `DataError` when there is no tokenizer, or one that does not fit the model.
         """
         set_seed(getattr(settings, "seed", 0))
         where = getattr(settings, name)
-        model, tokenizer = load(settings, where)
+        model, tokenizer = load(settings, where, once)
         if tokenizer is None:
             raise DataError(f"'{where}' has no tokenizer, which text data needs: add its tokenizer files")
         data.check_tokenizer(tokenizer, model.config.vocab_size)

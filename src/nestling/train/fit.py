@@ -28,6 +28,7 @@ from nestling.train.checkpoints import Making, Seal, clear, fingerprint, fingerp
 from nestling.train.held_out import held_out
 from nestling.train.learner import Learner
 from nestling.train.rows import Rows, collate, rows_of
+from nestling.train.sending import home
 from nestling.train.settings import TrainSettings, split_batch, training_arguments
 from nestling.train.sharding import sharded
 from nestling.train.trainer import LearnerTrainer
@@ -67,7 +68,7 @@ def fit(
         making = _making(learner, rows, settings)
         checkpoint = _resume_from(folder / CHECKPOINTS, making, resume)
         processes.start()
-        device = processes.device() or student.device
+        device = processes.device() or home(student)
         split = split_batch(settings, row_tokens, device)
         anew = measured is not None and checkpoint is None
         arguments = training_arguments(settings, split, steps, folder / CHECKPOINTS, device, measured=anew)
@@ -121,7 +122,7 @@ def _making(learner: Learner, rows: Rows, settings: TrainSettings) -> Making:
     some = [rows[i * len(rows) // ROWS_SEEN]["input_ids"].tolist() for i in range(ROWS_SEEN)]
     parts = {"student": fingerprint_of(student, weights=False), "data": fingerprint(len(rows), some)}
     if teacher is not None:
-        parts["teacher"] = fingerprint_of(teacher)
+        parts["teacher"] = processes.first(lambda: fingerprint_of(teacher))  # who has its weights in any case
     return Making(settings, parts)
 
 

@@ -5,6 +5,7 @@ Every decoder layer of student and teacher is gathered when it runs and freed af
 pass runs, so the chunked losses see an ordinary head, whose gradient, summed over chunks, is reduced and scattered
 once. A learner that reads weights elsewhere than in their layers (`gathers_all`) is one group altogether. The teacher
 is a root of its own, freed when the learner's forward pass ends. Afterwards both models are whole again, in place.
+A process may hold a model without its weights, which are then sent to it layer by layer (`sending`).
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from nestling import processes
 from nestling.anatomy import Anatomy
 from nestling.errors import CheckpointError, NestlingError
 from nestling.train.learner import Learner
+from nestling.train.sending import send, some_lack_weights
 
 SHARDS = "shards"
 
@@ -31,14 +34,14 @@ SHARDS = "shards"
 def sharded(learner: Learner, device: torch.device, bf16: bool) -> Iterator[None]:
     """While open, the learner and its teacher are spread over all processes; afterwards they are whole, in place.
 
+    A process that has a model without its weights has it so afterwards too.
     bf16: gather weights in bfloat16 and reduce gradients in float32. When the block fails, nothing is gathered, since
     the other processes may be gone; the models are then of no use. Raises `NestlingError` for a model that cannot be
     put together again from its config.
     """
     models = [model for model in (learner.student, learner.teacher) if model is not None]
     where = [model.device for model in models]
-    for model in models:
-        _check(model)
+    processes.first(lambda: [_check(model) for model in models])
     with _group(device):
         _shard(learner, device, bf16)
         learner.is_sharded = True
@@ -72,17 +75,22 @@ def _shard(learner: Learner, device: torch.device, bf16: bool) -> None:
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     exact = MixedPrecisionPolicy()
     models = [model for model in (learner.student, learner.teacher) if model is not None]
+    arrive = send if some_lack_weights(models) else lambda module: None
     trained = [model for model in models if any(model is module for module in learner.modules())]
     layers = [(layer, _stays_wide(model, layer)) for model in trained for layer in Anatomy.of(model).layers(model)]
     if learner.gathers_all:
         bf16 = bf16 and not any(wide for _, wide in layers)
     else:
         for layer, wide in layers:
+            arrive(layer)
             fully_shard(layer, mesh=mesh, mp_policy=half if bf16 and not wide else exact)
+    arrive(learner)
     fully_shard(learner, mesh=mesh, mp_policy=half if bf16 else exact, ignored_params=_scalars(learner, device))
     if len(trained) < len(models):  # the teacher is not corrected along
         for layer in Anatomy.of(models[-1]).layers(models[-1]):
+            arrive(layer)
             fully_shard(layer, mesh=mesh)
+        arrive(learner.taught)
         root = fully_shard(learner.taught, mesh=mesh)
         learner.register_forward_hook(lambda *_: root.reshard())
 
