@@ -41,7 +41,7 @@ def sharded(learner: Learner, device: torch.device, bf16: bool) -> Iterator[None
     """
     models = [model for model in (learner.student, learner.teacher) if model is not None]
     where = [model.device for model in models]
-    processes.first(lambda: [_check(model) for model in models])
+    processes.first(lambda: _check(models))
     with _group(device):
         _shard(learner, device, bf16)
         learner.is_sharded = True
@@ -127,13 +127,14 @@ def _group(device: torch.device) -> Iterator[None]:
 # ---- whole
 
 
-def _check(model: PreTrainedModel) -> None:
-    """Raise `NestlingError` unless the config alone says what the model is made of."""
-    if _tensors(_skeleton(model)) != _tensors(model):
-        raise NestlingError(
-            f"this {model.config.model_type} model has other tensors than its config describes, so it cannot be put "
-            f"together again after sharding: train it with fsdp off"
-        )
+def _check(models: list[PreTrainedModel]) -> None:
+    """Raise `NestlingError` unless the configs alone say what the models are made of."""
+    for model in models:
+        if _tensors(_skeleton(model)) != _tensors(model):
+            raise NestlingError(
+                f"this {model.config.model_type} model has other tensors than its config describes, so it cannot be put "
+                f"together again after sharding: train it with fsdp off"
+            )
 
 
 def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
