@@ -132,8 +132,8 @@ def _check(models: list[PreTrainedModel]) -> None:
     for model in models:
         if _tensors(_skeleton(model)) != _tensors(model):
             raise NestlingError(
-                f"this {model.config.model_type} model has other tensors than its config describes, so it cannot be put "
-                f"together again after sharding: train it with fsdp off"
+                f"this {model.config.model_type} model has other tensors than its config describes, so it cannot be "
+                f"put together again after sharding: train it with fsdp off"
             )
 
 
