@@ -51,7 +51,7 @@ class ElasticSettings(TrainSettings):
     per_layer: str | list[str] = ""
     axes: str | list[str] = ""
     chain: bool = False
-    routing: float = 0.3
+    routing: float = 0.1
     probe_tokens: int = 2048
     masks: str = "soft"
     router_learning_rate: float = 1e-2
