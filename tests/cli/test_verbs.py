@@ -110,6 +110,16 @@ def test_every_verb_has_help(verb, capsys):
     assert left.value.code == 0
     said = capsys.readouterr().out
     assert "--config" in said and "--json" in said  # noqa: PT018
+    assert f"nestling [options] {verb} [" in said
+
+
+def test_verbs_of_two_words_are_listed_as_they_are_typed_and_may_have_a_hyphen(place, capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert all(f" {verb} " in said for verb in VERBS)
+    assert main(["moe-prune", "m", "--keep", "2", *FEW]) == 2
+    assert "has no routed experts" in capsys.readouterr().err
 
 
 def test_the_chat_template_and_generation_settings_of_the_parent_stay_with_the_child(place, capsys):

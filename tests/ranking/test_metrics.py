@@ -276,6 +276,8 @@ def test_unknown_names_and_no_data_are_refused():
         rank(model, token_batches(), layers="depth")
     with pytest.raises(DataError, match="no batches"):
         rank(model, [])
+    with pytest.raises(DataError, match="put it into a list"):
+        rank(model, token_batches()[0])
 
 
 def hooks_of(model):

@@ -72,6 +72,7 @@ def _refuse(job: Job, sentence: str) -> int:
 def _run(arguments: list[str]) -> int:
     from argparse import ArgumentError
 
+    arguments = _in_words(arguments)
     named = _named(arguments)
     words = [argument for argument in arguments if not argument.startswith("-")]
     if named is None and words:
@@ -129,6 +130,12 @@ def _plain(message: str) -> str:
     return re.sub(r"Expected a <class '(\w+)'>\. Got value: ", r"expected \1, got ", text).rstrip(":. ")
 
 
+def _in_words(arguments: list[str]) -> list[str]:
+    """Arguments in which a verb of two words, written with a hyphen, stands as two."""
+    words = {_hyphened(verb): verb.split() for verb in VERBS}
+    return [*words.get(arguments[0], arguments[:1]), *arguments[1:]] if arguments else []
+
+
 def _named(arguments: list[str]) -> str | None:
     """The verb on the command line: its first two words, or one of them."""
     return next((verb for verb in (" ".join(arguments[:2]), *arguments) if verb in VERBS), None)
@@ -138,13 +145,20 @@ def _parsed(arguments: list[str], named: str | None) -> tuple[str, dict[str, Any
     """The verb, and its settings by name. A verb of two words is one word with a hyphen to the parser."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="nestling", description="Turn one language model into a family.", exit_on_error=False)
+    class Parser(ArgumentParser):
+        def format_help(self, *arguments: Any, **options: Any) -> str:
+            text = super().format_help(*arguments, **options)
+            for verb in VERBS:
+                text = text.replace(f" {_hyphened(verb)} ", f" {verb} ")
+            return str(text)
+
+    parser = Parser(prog="nestling", description="Turn one language model into a family.", exit_on_error=False)
     parser.add_argument("--version", action="version", version=f"%(prog)s {import_module('nestling').__version__}")
     verbs = parser.add_subcommands(required=True, dest="verb", metavar="VERB")
     if named and " " in named:
         arguments = [_hyphened(named), *arguments[2:]]
     for verb, (_, _, _, summary) in VERBS.items():
-        sub = ArgumentParser(description=summary, exit_on_error=False, allow_abbrev=False)
+        sub = Parser(description=summary, exit_on_error=False, allow_abbrev=False)
         if named in (None, verb):
             sub.add_argument("--config", action="config", help="YAML file with these settings")
             sub.add_argument("--json", action="store_true", help="print one JSON object on the last line")

@@ -55,6 +55,8 @@ def sweep(
     axis, by its config field; axes that are not named are left out. progress: told the tokens of each
     batch. Raises `DataError` when there is no batch. Hooks are gone and the training flag is back afterwards.
     """
+    if isinstance(batches, Mapping):
+        raise DataError("one batch was given where several are expected: put it into a list")
     anatomy = Anatomy.of(model)
     watch = _Watch(anatomy, metrics)
     backward = any(metric.gradients for metric in metrics.values())
