@@ -2,9 +2,9 @@
 
 The table is measured anew, not read. Then models of several shapes (random weights; the speed does not depend on them)
 decode one token each in turns in one process, and the ratio of each one's step to the parent's beside it is compared
-with the ratio that the table predicts, because a limit such as latency=0.7x is a ratio. Both are in processor time of
-one thread. What other work stretches that time (caches and memory are shared) it stretches for both. Also: each model
-of the table as the others foretell it, and how long it takes to price thousands of shapes.
+with the ratio that the table predicts, because a limit such as latency=0.7x is a ratio. One thread, by the wall clock,
+so it wants a quiet machine: asking for processor time at every part of a step costs a twentieth of the step. Also: each
+model of the table as the others foretell it, and how long it takes to price thousands of shapes.
 
     python benchmarks/speed/latency_table.py [--rounds 5] [--context 512]
 """
@@ -54,7 +54,7 @@ def main() -> None:
     anatomy = Anatomy.of(hub.config(MODEL))
     started = time.perf_counter()
     work = Work(1, chosen.context)
-    table = Table(work, measure(anatomy, torch.device("cpu"), torch.float32, work, clock=time.process_time))
+    table = Table(work, measure(anatomy, torch.device("cpu"), torch.float32, work))
     taken = time.perf_counter() - started
     pricing = Pricing(anatomy, latency=lambda form: table.milliseconds(anatomy, form))
     rows = compare(pricing, chosen)
@@ -96,9 +96,9 @@ def in_turns(models: list[PreTrainedModel], context: int) -> list[list[float]]:
     taken: list[list[float]] = [[] for _ in models]
     for _ in range(WARM + STEPS):
         for child, cached, own in zip(models, ready, taken, strict=True):
-            started = time.process_time()
+            started = time.perf_counter()
             child(input_ids=ids[:, :1], use_cache=True, **cached)
-            own.append(1e3 * (time.process_time() - started))
+            own.append(1e3 * (time.perf_counter() - started))
     return [own[WARM:] for own in taken]
 
 
@@ -158,7 +158,7 @@ def record(rows: list[dict], others: list[float], chosen: argparse.Namespace, ta
                 "paper": None,
                 "unit": "relative",
                 "how": "error of the predicted ratio of a shape's decoding step to SmolLM2's, median and range over "
-                f"{len(errors)} shapes; {chosen.rounds} rounds of {STEPS} tokens, by turns, processor time",
+                f"{len(errors)} shapes; {chosen.rounds} rounds of {STEPS} tokens, by turns",
             }
         },
     }
