@@ -31,9 +31,11 @@ def model_class_name(config: PreTrainedConfig) -> str | None:
 
 
 def saved_as_published(model: PreTrainedModel) -> None:
-    """Let a model that was made from tensors in memory be saved under the names that its type has on the hub.
+    """Let a model be saved under the names that its type has on the hub; one of a type of ours as it is inside.
 
     transformers keeps inside a model other names than in its files (all experts of a layer in one tensor), and saves a
-    model as it was read: one that was read from memory it would save as it is inside, which other programs cannot read.
+    model as it was read: one that was made from tensors in memory as it is inside, which other programs cannot read,
+    and one that became another type since with names that it does not know of that type.
     """
-    cast(Any, model)._weight_conversions = None
+    stock = type(model).__module__.startswith("transformers.")
+    cast(Any, model)._weight_conversions = None if stock else []

@@ -255,6 +255,14 @@ def test_a_checkpoint_is_the_base_tensors_and_no_other_class_reads_it(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_mixture_that_was_read_under_its_published_names_is_saved_and_read(tmp_path):
+    """transformers would write the experts one by one again, and not know how to put them together for this type."""
+    tiny("qwen3_moe", dtype=torch.float32).save_pretrained(tmp_path / "stock")
+    model = dmc.convert(nl.load(tmp_path / "stock")[0])
+    model.save_pretrained(tmp_path / "model")
+    assert torch.equal(logits(nl.load(tmp_path / "model")[0], ids()), logits(model, ids()))
+
+
 def test_a_pruned_model_is_compressed_and_a_compressed_one_pruned(tmp_path):
     shape = nl.Shape(intermediate_size=[44, 30, 17, 8], num_key_value_heads=1)
     ranking = nl.rank(tiny("llama"), token_batches(1))

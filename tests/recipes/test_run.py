@@ -117,6 +117,20 @@ def test_overwrite_starts_anew(tmp_path):
     assert names(tmp_path / "run") == ["run.yaml"]
 
 
+def test_what_a_job_is_given_is_not_removed_with_the_run_it_lies_in(tmp_path):
+    """`compress runs/a/model --out runs/a --overwrite` would have removed the parent that it cuts."""
+    Run("prune", Settings(), tmp_path / "run").write("model", "parent")
+    for given in ("run/model", "elsewhere"):
+        settings = Settings(model=str(tmp_path / given))
+        if given == "elsewhere":  # negative control
+            Run("prune", settings, tmp_path / "run", overwrite=True)
+            continue
+        with pytest.raises(CheckpointError, match=r"run/model' is in .*, which --overwrite would remove"):
+            Run("prune", settings, tmp_path / "run", overwrite=True)
+        assert names(tmp_path / "run") == ["model", "run.yaml"]
+    assert names(tmp_path / "run") == ["run.yaml"]
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_that_holds_no_run_is_left_alone(tmp_path, overwrite):
     (tmp_path / "thesis.txt").write_text("work")

@@ -48,3 +48,10 @@ def test_every_field_is_described_once():
     text = Own.__doc__ or ""
     assert text.startswith("Settings of mine.")
     assert all(text.count(f" {field.name}:") == 1 for field in fields(Own))
+
+
+def test_tokens_of_a_training_are_those_of_whole_steps():
+    """Also where steps were given, whatever the tokens that nobody asked for are by default."""
+    size = {"batch_size": 3, "context": 40}
+    assert TrainSettings(tokens=500, **size).all_tokens() == 600
+    assert TrainSettings(steps=2, **size).all_tokens() == 240

@@ -18,6 +18,7 @@ from nestling.dmc.register import config_class, model_class
 from nestling.dmc.runtime.gates import METHODS, Gates
 from nestling.dmc.runtime.modeling import attach
 from nestling.errors import NestlingError, UnsupportedArchitecture
+from nestling.quiet import saved_as_published
 
 
 def convert(model: PreTrainedModel, **gates: Any) -> PreTrainedModel:
@@ -49,6 +50,7 @@ def convert(model: PreTrainedModel, **gates: Any) -> PreTrainedModel:
         config.layer_shapes = None
     config.architectures = [model_class(base).__name__]
     model.__class__ = model_class(base)
+    saved_as_published(model)
     attach(model)
     return model
 

@@ -56,7 +56,7 @@ def distill_model(settings: DistillVerb) -> dict[str, Any]:
     how = (settings.data, tokenizer, settings.distill, run.folder)
     target = run.model("model", lambda: distill(student, teacher, *how, cache=settings.teacher_cache), tokenizer)
     console.print(f"model: {target}")
-    return {"model": str(target), "tokens": settings.distill.tokens}
+    return {"model": str(target), "tokens": settings.distill.sized().all_tokens()}
 
 
 def _served(settings: DistillVerb) -> bool:

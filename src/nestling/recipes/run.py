@@ -79,6 +79,7 @@ class Run:
     def _open(self, overwrite: bool) -> None:
         record = self.path("run.yaml")
         if overwrite and record.exists():
+            self._check_apart()
             self._hold = hold(self.folder)
             shutil.rmtree(self.folder)
         if self.folder.exists() and not self.folder.is_dir():
@@ -92,6 +93,16 @@ class Run:
             self._hold = hold(self.folder)
             kept = {"verb": self.verb, **plain(self.settings)}
             self.write("run.yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
+
+    def _check_apart(self) -> None:
+        """Raises `CheckpointError` when what is to be removed holds something that the job is given."""
+        given = [value for value in plain(self.settings).values() if isinstance(value, str)]
+        places = [(name, Path(name).expanduser()) for name in given]
+        inside = [name for name, path in places if path.exists() and self.folder.resolve() in path.resolve().parents]
+        if inside:
+            raise CheckpointError(
+                f"'{inside[0]}' is in '{self.folder}', which --overwrite would remove: name another folder with --out"
+            )
 
     def _check_same(self, record: Path) -> None:
         try:

@@ -78,7 +78,7 @@ def summarize(made: Child, results: Mapping[str, Any]) -> dict[str, Any]:
         "data": {
             "train": settings.data,
             "calibration_tokens": settings.calibration_tokens,
-            "distill_tokens": settings.distill.tokens,
+            "distill_tokens": settings.distill.sized().all_tokens(),
             "validation": settings.data,
         },
         "parent": {

@@ -125,6 +125,10 @@ class TrainSettings:
         """Optimizer steps for rows of that many tokens."""
         return self.steps or -(-self.tokens // (self.batch_size * row_tokens))
 
+    def all_tokens(self) -> int:
+        """Tokens that a training on text sees: those of whole steps."""
+        return self.total_steps(self.context) * self.batch_size * self.context
+
 
 def check_seed(seed: int) -> None:
     """Raises `NestlingError` for a seed that not every generator of random numbers takes."""
