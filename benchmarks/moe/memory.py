@@ -3,7 +3,8 @@
 Four layers of experts with residuals, 4,096 tokens of 256 channels, float32; the shapes are those of `speed.py`, at
 equal FLOPs. Needed is what any implementation that computes nothing twice must keep: each layer's input, the up
 projection's output of every slot, weights and choices. The peak is the high-water mark of a fresh process, forward and
-backward, above its state before; the least possible peak has gradients in it too, and no workspace. Linux only.
+backward, above its state before (low by what the process still holds of freed memory, some MiB); the least possible
+peak has gradients in it too, and no workspace. Linux only.
 
     python -m benchmarks.moe.memory
 """
