@@ -32,6 +32,7 @@ def trained(run_dir=None, **overrides):
         "batch_size": 4,
         "save_every": 2,
         "routing": 0.5,
+        "probe_tokens": 44,
         "members_per_step": 2,
         "weights": [1, 2, 3],
         "per_layer": "intermediate_size",
