@@ -3,7 +3,10 @@
 import errno
 import os
 import signal
+from types import SimpleNamespace
+from typing import Any, cast
 
+import pytest
 from safetensors.torch import load_file
 from transformers import Trainer, modeling_utils
 
@@ -12,11 +15,22 @@ from nestling.cli import main
 from nestling.ranking import ranking
 from nestling.recipes import child, shapes, summary
 from tests.cli.workplace import JOB, brief, files, original, place
+from tests.data import toy
+from tests.models import tiny
 
 __all__ = ["brief", "original", "place"]
 
 SEARCHED = ["compress", "m", "--to", "0.8x", "--axes", "intermediate_size", "--out", "run", *JOB]
 SHAPED = ["compress", "m", "--shape", "intermediate_size=30", "--out", "run", *JOB]
+
+
+def test_samples_are_written_with_a_tokenizer_that_tells_sentences_apart():
+    """After hours of work is too late to find out that `generate` does not take what the tokenizer returns."""
+    tokenizer, model = toy.tokenizer(), tiny("llama", vocab_size=toy.VOCAB)
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    assert child.Parent._continue(cast(Any, SimpleNamespace(tokenizer=tokenizer)), model, "the model")
+    with pytest.raises(ValueError, match="token_type_ids"):  # negative control
+        model.generate(**tokenizer("the model", return_tensors="pt"))
 
 
 def weights(folder):

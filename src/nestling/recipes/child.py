@@ -196,7 +196,7 @@ class Parent:
 
     @torch.no_grad()
     def _continue(self, model: PreTrainedModel, prompt: str) -> str:
-        inputs = self.tokenizer(prompt, return_tensors="pt").to(model.device)
+        inputs = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
         output = cast(Any, model).generate(
             **inputs, max_new_tokens=SAMPLE_TOKENS, do_sample=False, pad_token_id=self.tokenizer.eos_token_id
         )
