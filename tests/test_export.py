@@ -64,6 +64,7 @@ def test_pairs_matter():
         ("granite", {}, "'granite' is not exported"),
         ("mistral", {}, "sliding window of 6"),
         ("llama-biases", {}, "MLP has biases"),
+        ("qwen3", {"attention_bias": True}, "attention has biases"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "are scaled"),
     ],
 )

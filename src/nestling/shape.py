@@ -162,7 +162,8 @@ def _per_layer(anatomy: Anatomy, config: PreTrainedConfig, differing: dict[str, 
         config.layer_shapes = differing or None  # a method's config, which takes layers of any size
         return config
     if not differing:
-        fields = {name: value for name, value in config.__dict__.items() if name != "layer_shapes"}
+        # A config that was read from a file holds its type itself too.
+        fields = {name: value for name, value in config.__dict__.items() if name not in ("layer_shapes", "model_type")}
         plain = copy.copy(config)
         plain.__class__ = config_class(model_type).__mro__[1]
         plain.__dict__ = fields

@@ -107,7 +107,7 @@ def test_a_child_is_saved_under_the_names_that_its_type_has_on_the_hub(variant, 
     assert (names[0] == set(model.state_dict())) == (variant == "llama")  # negative control: inside they are others
 
 
-def test_a_child_can_be_cut_again():
+def test_a_child_can_be_cut_again(tmp_path):
     model = tiny("llama")
     once = prune(
         model,
@@ -119,7 +119,10 @@ def test_a_child_can_be_cut_again():
     with masked(once, {"hidden_size": 36, "num_hidden_layers": 3}, ranking):
         torch.testing.assert_close(logits(once, IDS), logits(twice, IDS), **CLOSE)
     even = prune(once, ranking, {"intermediate_size": 10, "num_attention_heads": 2})
-    assert even.config.model_type == "llama"
+    once.save_pretrained(tmp_path)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path)  # its config was told its type by a file
+    for model in (even, prune(read, ranking, {"intermediate_size": 10, "num_attention_heads": 2})):
+        assert model.config.model_type == Anatomy.of(model).config.model_type == "llama"
 
 
 def test_heads_moved_across_groups_would_change_the_function():

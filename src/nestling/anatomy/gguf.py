@@ -13,18 +13,20 @@ class Gguf:
     """An architecture in llama.cpp.
 
     name: what it is called there. paired: the rotary channels of queries and keys are stored in pairs (2i, 2i + 1)
-    rather than in halves (i, i + d/2), so rows of both projections change places within each head.
+    rather than in halves (i, i + d/2), so rows of both projections change places within each head. biased: whether its
+    attention may have biases there.
     """
 
     name: str
     paired: bool = False
+    biased: bool = True
 
 
 KNOWN = {
     "llama": Gguf("llama", paired=True),
     "mistral": Gguf("llama", paired=True),
     "qwen2": Gguf("qwen2"),
-    "qwen3": Gguf("qwen3"),
+    "qwen3": Gguf("qwen3", biased=False),
 }
 
 
@@ -46,6 +48,7 @@ def gguf_of(config: Any) -> Gguf:
         (window and window < config.max_position_embeddings, f"it has a sliding window of {window} tokens"),
         (rope.get("rope_type", "default") != "default", f"its rotary frequencies are scaled ({rope.get('rope_type')})"),
         (getattr(config, "mlp_bias", False), "its MLP has biases"),
+        (not KNOWN[kind].biased and getattr(config, "attention_bias", False), "its attention has biases"),
     ):
         if wrong:
             raise UnsupportedArchitecture(f"this {kind} model cannot be written as GGUF, since {what}")

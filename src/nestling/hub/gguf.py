@@ -32,6 +32,7 @@ from nestling.quiet import model_class_name, quiet
 SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 PRE = "tokenizer.ggml.pre"
 MAGIC = b"GGUF"
+SIZES = "ignore_mismatched_sizes"  # in what transformers says of tensors whose sizes are not the config's
 
 
 def load(file: Path, dtype: torch.dtype | str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -106,7 +107,10 @@ def _read(auto: Any, file: Path, **options: Any) -> Any:
     try:
         return auto.from_pretrained(file.parent, gguf_file=file.name, **options)
     except Exception as error:  # unknown architectures and tokenizers raise many types
-        raise CheckpointError(f"'{file}' cannot be read by transformers: {first_line(error)}") from error
+        why = (
+            "it takes other sizes from the metadata than the tensors have" if SIZES in str(error) else first_line(error)
+        )
+        raise CheckpointError(f"'{file}' cannot be read by transformers: {why}") from error
 
 
 def _own_buffers(plain: PreTrainedModel, found: PreTrainedModel) -> None:
