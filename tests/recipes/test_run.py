@@ -7,7 +7,7 @@ import yaml
 
 from nestling.distill import DistillSettings
 from nestling.errors import CheckpointError
-from nestling.recipes.run import Run, read_json
+from nestling.recipes.run import Run, check_folder, read_json
 
 
 @dataclass
@@ -153,3 +153,18 @@ def test_damaged_files_are_named(tmp_path):
     run.write("run.yaml", "verb: [prune")
     with pytest.raises(CheckpointError, match=r"run\.yaml' is damaged: start anew with --overwrite"):
         Run("prune", Settings(), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("given", "where"), [("run", "is what"), ("run/part", "is in '.*run', which"), ("other", None)]
+)
+def test_a_model_is_not_replaced_by_what_is_made_of_it(tmp_path, given, where):
+    for folder in ("run/part", "other"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    settings = Settings(model=str(tmp_path / given), out=str(tmp_path / "run"), overwrite=True)
+    if where is None:  # negative control
+        check_folder(settings)
+        return
+    with pytest.raises(CheckpointError, match=f"{where} --overwrite would remove: name another folder with --out"):
+        check_folder(settings)

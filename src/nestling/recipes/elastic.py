@@ -122,7 +122,7 @@ class ElasticExtract(ModelSettings):
 
 def elastic_extract(settings: ElasticExtract) -> dict[str, Any]:
     """Write a member as a checkpoint of its own; returns where it is and what it is."""
-    check_folder(settings.out, settings.overwrite)
+    check_folder(settings)
     family = _load(settings, settings.family)
     entry, child = family.entry(settings.member), family.extract(settings.member)
     processes.first(lambda: str(hub.save(child, settings.out, family.tokenizer, overwrite=settings.overwrite)))

@@ -139,7 +139,7 @@ class MixtureVerb(ScratchSettings):
 
 def upcycle_model(settings: UpcycleSettings) -> dict[str, Any]:
     """Make the mixture, say how far its logits are from the model's, and save it."""
-    check_folder(settings.out, settings.overwrite)
+    check_folder(settings)
     model, tokenizer = load(settings, settings.model)
     if Anatomy.of(model).routed_layers():
         _check_idle(settings, settings.model, "only their granularity can be raised, as in --granularity 2")
@@ -158,7 +158,7 @@ def upcycle_model(settings: UpcycleSettings) -> dict[str, Any]:
 
 def prune_experts(settings: ExpertSettings) -> dict[str, Any]:
     """Rank the experts, drop or merge what is below, and save the rest."""
-    check_folder(settings.out, settings.overwrite)
+    check_folder(settings)
     source = Source.open(settings)
     anatomy = Anatomy.of(source.model)
     next(moe.routed_modules(source.model))  # refuses a model without experts

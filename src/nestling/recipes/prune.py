@@ -59,7 +59,7 @@ def prune_model(settings: PruneSettings) -> dict[str, Any]:
     """Cut a model and save it; returns its shape and cost."""
     if (settings.to is None) == (settings.shape is None):
         raise TargetError("prune takes either --to or --shape: say --to 0.5x, or --shape intermediate_size=1152")
-    check_folder(settings.out, settings.overwrite)
+    check_folder(settings)
     check_merge(settings.merge)
     given = Ranking.load(settings.ranking) if settings.ranking else None
     source = Source.open(settings)

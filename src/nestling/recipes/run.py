@@ -79,7 +79,7 @@ class Run:
     def _open(self, overwrite: bool) -> None:
         record = self.path("run.yaml")
         if overwrite and record.exists():
-            self._check_apart()
+            _check_apart(self.folder, self.settings)
             self._hold = hold(self.folder)
             shutil.rmtree(self.folder)
         if self.folder.exists() and not self.folder.is_dir():
@@ -93,16 +93,6 @@ class Run:
             self._hold = hold(self.folder)
             kept = {"verb": self.verb, **plain(self.settings)}
             self.write("run.yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
-
-    def _check_apart(self) -> None:
-        """Raises `CheckpointError` when what is to be removed holds something that the job is given."""
-        given = [value for value in plain(self.settings).values() if isinstance(value, str)]
-        places = [(name, Path(name).expanduser()) for name in given]
-        inside = [name for name, path in places if path.exists() and self.folder.resolve() in path.resolve().parents]
-        if inside:
-            raise CheckpointError(
-                f"'{inside[0]}' is in '{self.folder}', which --overwrite would remove: name another folder with --out"
-            )
 
     def _check_same(self, record: Path) -> None:
         try:
@@ -162,24 +152,36 @@ def check_place(path: Path) -> None:
         raise CheckpointError(f"'{path}' cannot be written ({problem}): name another file with --out")
 
 
-def check_folder(out: str, overwrite: bool) -> None:
-    """Find out before long work whether a model can be saved in a folder of that name, in all processes.
+def check_folder(settings: Any) -> None:
+    """Find out before long work whether a model can be saved in `out` of the settings, in all processes.
 
     Raises `CheckpointError`.
     """
-    processes.first(lambda: _check_folder(Path(out), overwrite))
+    processes.first(lambda: _check_folder(Path(settings.out), settings))
 
 
-def _check_folder(path: Path, overwrite: bool) -> None:
+def _check_folder(path: Path, settings: Any) -> None:
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"'{path}' is a file: name a folder with --out")
     filled = path.is_dir() and any(path.iterdir())
-    if filled and not overwrite:
+    if filled and not settings.overwrite:
         raise CheckpointError(f"'{path}' exists: name another folder with --out, or give --overwrite")
     if filled and not (path / "config.json").exists():
         raise CheckpointError(f"'{path}' holds no model that could be replaced: name another folder with --out")
     if problem := _closed(path):
         raise CheckpointError(f"'{path}' cannot be written ({problem}): name another folder with --out")
+    if filled:
+        _check_apart(path, settings)
+
+
+def _check_apart(folder: Path, settings: Any) -> None:
+    """Raises `CheckpointError` when a folder that is to be replaced is, or holds, something that the job is given."""
+    values = {name: value for name, value in plain(settings).items() if name not in PLACES}
+    for given in (value for value in values.values() if isinstance(value, str)):
+        path = Path(given).expanduser()
+        if path.exists() and folder.resolve() in (path.resolve(), *path.resolve().parents):
+            where = "is what" if path.resolve() == folder.resolve() else f"is in '{folder}', which"
+            raise CheckpointError(f"'{given}' {where} --overwrite would remove: name another folder with --out")
 
 
 def _closed(path: Path) -> str | None:
