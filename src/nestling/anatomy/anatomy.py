@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from nestling.anatomy.bypass import bypassed
-from nestling.anatomy.declare import Architecture, Axis, architecture_of
+from nestling.anatomy.declare import ARCHITECTURES, Architecture, Axis, architecture_of
 from nestling.anatomy.notation import Layout, parse
 from nestling.anatomy.sharing import USE, Sharing
 from nestling.errors import ShapeError, UnsupportedArchitecture
@@ -96,6 +96,11 @@ class Anatomy:
         # A config may ask for tied embeddings of a model that does not tie them (Nemotron-H): the model decides.
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         return cls(architecture, config, {name: tuple(t.shape) for name, t in model.state_dict().items()}, tied)
+
+    @classmethod
+    def known(cls, config: PreTrainedConfig) -> Anatomy | None:
+        """As `of`; None for a type that is not declared."""
+        return cls.of(config) if config.model_type in ARCHITECTURES else None
 
     # ---- axes and sizes
 

@@ -15,13 +15,13 @@ from nestling.anatomy import Anatomy
 from nestling.cost import cost
 from nestling.data import packed
 from nestling.errors import NestlingError, ShapeError
+from nestling.hub.load import tokenizer_beside
 from nestling.pretrain import architecture_config, build, names_checkpoint
 from nestling.ranking import Ranking, rank
 from nestling.recipes.progress import bar, console
 from nestling.recipes.run import Run, check_folder
 from nestling.recipes.scratch import (
     ScratchSettings,
-    beside,
     fields,
     given_tokenizer,
     trained_model,
@@ -171,7 +171,7 @@ def prune_experts(settings: ExpertSettings) -> dict[str, Any]:
     fewest = min(int(load.min()) for load in moe.loads(source.model, batches))
     console.print(f"the expert with the fewest calibration tokens saw {fewest}")
     made = _cut(source.model, ranking, axis.field, keep, batches, settings)
-    total, kept = (getattr(source.model.config, axis.field), getattr(made.config, axis.field, None))
+    total, kept = getattr(source.model.config, axis.field), getattr(made.config, axis.field, None)
     how = "the others merged into them" if settings.merge else "the others dropped"
     console.print(
         f"one FFN of {made.config.intermediate_size} neurons in each layer"
@@ -184,17 +184,17 @@ def prune_experts(settings: ExpertSettings) -> dict[str, Any]:
 def train_mixture(settings: MixtureVerb) -> dict[str, Any]:
     """Train the mixture, or go on with it; returns where it is, its held-out loss and the load of its experts."""
     checkpoint = names_checkpoint(settings.architecture)
+    config = None if checkpoint else _mixture(settings)
     if checkpoint:
         _check_idle(
             settings, settings.architecture, "change them with nestling moe upcycle or prune", "granularity", "set"
         )
-    config = None if checkpoint else _mixture(settings)
-    if checkpoint:
         moe.check_routed(Anatomy.of(hub.config(settings.architecture, trust_remote_code=settings.trust_remote_code)))
     given = given_tokenizer(settings)
     run = Run("moe train", settings, settings.out, settings.overwrite)
     tokenizer = given or trained_tokenizer(settings, run)
-    tokenizer = tokenizer if config is None else beside(tokenizer, config)
+    if config is not None:
+        tokenizer = tokenizer_beside(tokenizer, config.model_type)
 
     def trained() -> PreTrainedModel:
         if config is None:
@@ -261,10 +261,8 @@ def _summary(settings: MixtureVerb, folder: Path, tokenizer: PreTrainedTokenizer
         "layers": anatomy.routed_layers(),
         "per_layer": [[int(slots) for slots in layer] for layer in loads],
     }
-    sizes, measured = (
-        f"{load['experts']} experts, {load['per_token']} of a token",
-        validated(settings, model, tokenizer),
-    )
+    sizes = f"{experts} experts, {chosen} of a token"
+    measured = validated(settings, model, tokenizer)
     return {
         **origin(f"{model.config.model_type}, {sizes}", settings.train.seed, model),
         **measured,

@@ -7,14 +7,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from nestling.anatomy import ARCHITECTURES, Anatomy
+from nestling.anatomy import Anatomy
 from nestling.data import check_tokenizer
+from nestling.hub.load import tokenizer_beside
 from nestling.pretrain import PretrainSettings, architecture_config, build, pretrain
 from nestling.recipes.progress import console
 from nestling.recipes.run import Run
 from nestling.recipes.scratch import (
     ScratchSettings,
-    beside,
     fields,
     given_tokenizer,
     trained_model,
@@ -52,12 +52,13 @@ def pretrain_model(settings: PretrainVerb) -> dict[str, Any]:
     own = settings.tokenizer is None and given is not None
     if given is not None and own:
         check_tokenizer(given, config.vocab_size)
-    if config.model_type in ARCHITECTURES and Anatomy.of(config).routed_layers():
+    anatomy = Anatomy.known(config)
+    if anatomy is not None and anatomy.routed_layers():
         console.print("routers get no balance loss here: nestling moe train gives them one, and reports their load")
     run = Run("pretrain", settings, settings.out, settings.overwrite)
     tokenizer = given or trained_tokenizer(settings, run)
     if not own:
-        tokenizer = beside(tokenizer, config)
+        tokenizer = tokenizer_beside(tokenizer, config.model_type)
 
     def trained() -> PreTrainedModel:
         model = build(config, None if own else tokenizer, settings.train.seed, settings.device)

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nestling import evaluate, hub, processes
 from nestling.cost import cost
 from nestling.data import train_tokenizer
 from nestling.data.vocabulary import SMALLEST
 from nestling.errors import DataError, NestlingError
-from nestling.hub.load import load_tokenizer, tokenizer_beside
+from nestling.hub.load import load_tokenizer
 from nestling.pretrain import names_checkpoint
 from nestling.recipes.run import Run
 from nestling.recipes.settings import at_least, listed
@@ -86,11 +86,6 @@ def trained_tokenizer(settings: Any, run: Run) -> PreTrainedTokenizerBase:
     found = load_tokenizer(folder)
     assert found is not None, "the folder has just been written"
     return found
-
-
-def beside(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer as whoever loads the finished model will have it."""
-    return tokenizer_beside(tokenizer, config.model_type)
 
 
 def trained_model(settings: Any, folder: Path) -> PreTrainedModel:
