@@ -197,6 +197,11 @@ NUMBER = {
         None,
         "this model has no state_bytes that could be fewer: leave",
     ),
+    "greedy layers": (
+        ["rank", "m", *FEW, "--layers", "kl", "--greedy_layers", "99"],
+        None,
+        "greedy_layers 99 is not possible in a model with 4 layers.*give at most 3",
+    ),
     "batch": (["rank", "m", *FEW, "--batch_size", "-1"], None, "batch_size -1 is not possible: give at least 1"),
     "finalists": ([*HALF, "--finalists", "0"], None, "finalists 0 is not possible: give at least 1"),
     "calibration": (

@@ -1,5 +1,8 @@
 """The verbs of mixtures on a tiny checkpoint: upcycled, trained, pruned, merged, dense again; and a fresh one."""
 
+import json
+import math
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -34,6 +37,11 @@ def test_a_dense_model_and_back(place, capsys):
     assert run(capsys, "moe", "train", "mix", "--out", "run", *TRAIN) == trained
     few = run(capsys, "moe", "prune", "run/model", "--keep", "0.5x", "--out", "few", *FEW)
     assert few["fewest_tokens"] >= 0
+    whole, cut = (few["evaluation"][stage]["text.jsonl"] for stage in ("parent", "pruned"))
+    assert whole["loss"] != cut["loss"]
+    assert cut["perplexity"] == pytest.approx(math.exp(cut["loss"]))
+    again = run(capsys, "eval", "few", *TEXT, "--tokens", 8192)
+    assert again["text.jsonl"]["loss"] == pytest.approx(cut["loss"], rel=1e-5)
     assert load("few").config.num_local_experts == 4
     run(capsys, "prune", "run/model", "--shape", "num_local_experts=4", "--out", "same", "--repair", "false", *FEW)
     assert torch.equal(logits(load("same"), IDS), logits(load("few"), IDS))
@@ -45,6 +53,21 @@ def test_a_dense_model_and_back(place, capsys):
     assert not torch.equal(logits(load("learned/model"), IDS), logits(load("dense"), IDS))
     found = run(capsys, "prune", "run/model", "--to", "0.8x", "--axes", "num_local_experts", "--out", "cut", *FEW)
     assert set(found["shape"]) == {"num_local_experts"}
+
+
+def test_pruning_does_not_need_text_to_measure_on(place, capsys):
+    checkpoint.write(place / "mix", "mixtral")
+    (place / "one.jsonl").write_text(json.dumps({"text": "the model reads words " * 40}))
+    few = ["--keep", 3, "--data", "one.jsonl", "--context", 32, "--calibration_tokens", 128, "--generated", 0]
+    assert run(capsys, "moe", "prune", "mix", *few, "--out", "a")["evaluation"] == {"parent": {}, "pruned": {}}
+    assert main(["moe", "prune", "mix", *map(str, few), "--out", "b"]) == 0
+    assert "is not measured: 'one.jsonl' has no text for the split 'validation'" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    few[3] = "text.jsonl"
+    assert (
+        run(capsys, "moe", "prune", "mix", *few, "--evaluation_tokens", 0, "--out", "c")["evaluation"]["parent"] == {}
+    )
 
 
 def test_what_a_mixture_has_already_is_not_made_anew(place, capsys):

@@ -57,6 +57,7 @@ def rank(
     """
     check_layer_metric(layers, 0 if task else greedy_layers)
     anatomy = Anatomy.of(model)
+    check_greedy(greedy_layers, anatomy.num_layers)
     chosen = dict.fromkeys(anatomy.axes, metric) if isinstance(metric, str) else dict(metric or {})
     names = {axis.field: axis.metric for axis in anatomy.axes.values()} | {
         anatomy.axis(f).field: chosen[f] for f in chosen
@@ -92,6 +93,15 @@ def check_layer_metric(layers: str, greedy_layers: int = 0) -> None:
         raise NestlingError(f"greedy_layers {greedy_layers} is not possible: give at least 0")
     if greedy_layers and layers not in DAMAGES:
         raise NestlingError(f"greedy_layers needs a metric that leaves layers out: choose from {', '.join(DAMAGES)}")
+
+
+def check_greedy(greedy_layers: int, num_layers: int) -> None:
+    """Raises `NestlingError` for more layers to remove one after another than can go."""
+    if greedy_layers >= num_layers:
+        raise NestlingError(
+            f"greedy_layers {greedy_layers} is not possible in a model with {num_layers} layers, of which one has to "
+            f"stay: give at most {num_layers - 1}"
+        )
 
 
 def _aggregated(axis: Axis, text: str, over_batch: str | None, over_sequence: str | None) -> Metric:

@@ -28,7 +28,7 @@ from nestling.recipes.progress import bar, console
 from nestling.recipes.run import KeptFigures, Run
 from nestling.recipes.settings import ShapeSettings, at_least, check_metrics, listed
 from nestling.recipes.shapes import Ground, Target
-from nestling.recipes.source import Source, in_batches
+from nestling.recipes.source import Source, in_batches, measured
 from nestling.search import Candidate, Trial, token_loss
 from nestling.shape import Shape
 from nestling.surgery import prune
@@ -170,17 +170,7 @@ class Parent:
         settings, found = self.settings, {}
         for spec in dict.fromkeys([settings.data, *listed(settings.evaluate_on)]):
             split = "validation" if spec == settings.data else "all"
-            with bar(f"perplexity, {name}", settings.evaluation_tokens) as advance:
-                result = evaluate.perplexity(
-                    model,
-                    self.tokenizer,
-                    spec,
-                    context=settings.context,
-                    tokens=settings.evaluation_tokens,
-                    split=split,
-                    progress=advance,
-                )
-            found[spec] = {"perplexity": result.value, **asdict(result)}
+            found[spec] = measured(name, model, self.tokenizer, spec, settings, split)
         if settings.pairs:
             pairs = evaluate.minimal_pairs(model, self.tokenizer, settings.pairs)
             found["minimal pairs"] = {"accuracy": pairs.accuracy, "pairs": pairs.pairs}

@@ -14,7 +14,7 @@ from nestling import hub, moe, processes
 from nestling.anatomy import Anatomy
 from nestling.cost import cost
 from nestling.data import packed
-from nestling.errors import NestlingError, ShapeError
+from nestling.errors import DataError, NestlingError, ShapeError
 from nestling.hub.load import tokenizer_beside
 from nestling.pretrain import architecture_config, build, names_checkpoint
 from nestling.ranking import Ranking, rank
@@ -28,10 +28,10 @@ from nestling.recipes.scratch import (
     trained_tokenizer,
     validated,
 )
-from nestling.recipes.settings import FORMER_TOKENS, CalibrationSettings, ModelSettings
-from nestling.recipes.source import Source, in_batches, load
+from nestling.recipes.settings import FORMER_TOKENS, CalibrationSettings, ModelSettings, at_least
+from nestling.recipes.source import Source, in_batches, load, measured
 from nestling.recipes.summary import origin
-from nestling.report import write_report
+from nestling.report import comparison, write_report
 from nestling.report.human import count, figure
 from nestling.shape import fit
 from nestling.surgery import prune
@@ -84,6 +84,7 @@ class ExpertSettings(CalibrationSettings):
         merge: Average the experts that go into the kept ones most like them, instead of dropping them.
         dense: Put the kept experts side by side as one FFN, to be distilled; keep is then the number of them, that of a
             token's experts unless given.
+        evaluation_tokens: Tokens of the validation part on which model and result are measured; 0 for none.
         out: Folder to write the model to.
         overwrite: Replace the output folder.
     """
@@ -95,11 +96,13 @@ class ExpertSettings(CalibrationSettings):
     metric: str = "contribution"
     merge: bool = False
     dense: bool = False
+    evaluation_tokens: int = 8192
     out: str = "pruned"
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        at_least("evaluation_tokens", self.evaluation_tokens, 0)
         if self.metric not in METRICS:
             raise NestlingError(f"metric '{self.metric}' does not rank experts: choose from {', '.join(METRICS)}")
         if self.keep is None and not self.dense:
@@ -157,7 +160,7 @@ def upcycle_model(settings: UpcycleSettings) -> dict[str, Any]:
 
 
 def prune_experts(settings: ExpertSettings) -> dict[str, Any]:
-    """Rank the experts, drop or merge what is below, and save the rest."""
+    """Rank the experts, drop or merge what is below, save the rest, and say what that cost."""
     check_folder(settings)
     source = Source.open(settings)
     anatomy = Anatomy.of(source.model)
@@ -165,6 +168,7 @@ def prune_experts(settings: ExpertSettings) -> dict[str, Any]:
     axis = next(axis for axis in anatomy.axes.values() if axis.active)
     keep = _kept(settings.keep, anatomy.value(axis, anatomy.routed_layers()[0])) if settings.keep else None
     _check_cut(anatomy, axis.field, keep, settings)
+    before = _evaluation("parent", source.model, source, settings)
     batches = in_batches(source.calibration(settings, settings.calibration_tokens))
     with bar("ranking, tokens", settings.calibration_tokens) as advance:
         ranking = rank(source.model, batches, metric={axis.field: settings.metric}, progress=advance)
@@ -178,7 +182,11 @@ def prune_experts(settings: ExpertSettings) -> dict[str, Any]:
         if kept is None
         else f"{kept} of {total} experts stay in each layer, {how}"
     )
-    return _saved(made, source.tokenizer, settings.out, settings.overwrite, {"fewest_tokens": fewest})
+    after = _evaluation("pruned", made, source, settings) if before else {}
+    parent = {"cost": cost(anatomy).to_dict(), "evaluation": before}
+    console.print(comparison({"parent": parent, "child": {"cost": cost(made).to_dict(), "pruned": after}}))
+    more = {"fewest_tokens": fewest, "evaluation": {"parent": before, "pruned": after}}
+    return _saved(made, source.tokenizer, settings.out, settings.overwrite, more)
 
 
 def train_mixture(settings: MixtureVerb) -> dict[str, Any]:
@@ -270,6 +278,18 @@ def _summary(settings: MixtureVerb, folder: Path, tokenizer: PreTrainedTokenizer
         "data": {"train": settings.data, "validation": settings.data},
         "load": load,
     }
+
+
+def _evaluation(name: str, model: PreTrainedModel, source: Source, settings: ExpertSettings) -> dict[str, Any]:
+    """Perplexity on the validation part of the data, by its name; a word instead where there is no such part."""
+    if not settings.evaluation_tokens:
+        return {}
+    try:
+        found = processes.first(lambda: measured(name, model, source.tokenizer, settings.data, settings, "validation"))
+    except DataError as error:
+        console.print(f"what this costs is not measured: {error}")
+        return {}
+    return {settings.data: found}
 
 
 def _cut(

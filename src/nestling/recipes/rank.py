@@ -15,6 +15,7 @@ from nestling.anatomy import Anatomy
 from nestling.errors import NestlingError
 from nestling.evaluate.pairs import read_pairs
 from nestling.ranking import Ranking, rank
+from nestling.ranking.rank import check_greedy
 from nestling.recipes.progress import bar, console
 from nestling.recipes.run import check_place
 from nestling.recipes.settings import FORMER_TOKENS, CalibrationSettings, at_least, check_metrics
@@ -74,6 +75,7 @@ def rank_model(settings: RankSettings) -> dict[str, Any]:
         raise NestlingError("rounds lead to a shape: say which with --to_shape intermediate_size=1024")
     target = Shape.parse(settings.to_shape) if settings.to_shape else None
     source = Source.open(settings)
+    check_greedy(settings.greedy_layers, Anatomy.of(source.model).num_layers)
     rows = source.calibration(settings, settings.calibration_tokens)
     with bar("tokens", rows.numel() * settings.rounds) as advance:
         how = {

@@ -1,15 +1,15 @@
-"""A model, its tokenizer and its calibration text, opened the same way by every verb."""
+"""A model, its tokenizer and its texts, opened and measured the same way by every verb."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from nestling import data, hub, processes
+from nestling import data, evaluate, hub, processes
 from nestling.errors import DataError
 from nestling.recipes.progress import bar
 from nestling.recipes.settings import CalibrationSettings, ModelSettings
@@ -68,6 +68,23 @@ class Source:
                 self.model, self.tokenizer, settings.data, tokens=tokens, progress=advance, **options
             )
         return torch.cat([part["input_ids"] for part in parts])
+
+
+def measured(
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: str, settings: Any, split: str
+) -> dict[str, Any]:
+    """A model's perplexity and loss on so many of a text's tokens as the settings say, under a bar with its name."""
+    with bar(f"perplexity, {name}", settings.evaluation_tokens) as advance:
+        found = evaluate.perplexity(
+            model,
+            tokenizer,
+            spec,
+            context=settings.context,
+            tokens=settings.evaluation_tokens,
+            split=split,
+            progress=advance,
+        )
+    return {"perplexity": found.value, **asdict(found)}
 
 
 def in_batches(rows: Tensor, batch_size: int | None = None) -> list[dict[str, Tensor]]:
