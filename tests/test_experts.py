@@ -84,9 +84,11 @@ def grads(function, module, hidden, index, weights):
     )
 
 
+@pytest.mark.parametrize("at_once", [1, experts.AT_ONCE])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_values_and_gradients_are_those_of_a_loop(kind, routing):
+def test_values_and_gradients_are_those_of_a_loop(kind, routing, at_once, monkeypatch):
+    monkeypatch.setattr(experts, "AT_ONCE", at_once)
     module, index = Module(**KINDS[kind]), ROUTINGS[routing]()
     hidden = torch.randn(len(index), HIDDEN, dtype=torch.float64)
     weights = torch.rand(index.shape, dtype=torch.float64)
@@ -162,15 +164,40 @@ def test_every_slot_has_a_row_of_its_own(routing):
     tokens = torch.arange(len(index))[:, None].expand_as(index)
     assert torch.equal(token_of_row[rows], tokens[real])
     if (~real).any():
-        assert set(row_of_slot[~real].tolist()) == {layout.rows - 1}
-        assert layout.spare
+        assert set(row_of_slot[~real].tolist()) == {layout.rows}
     expert_of_row, row = {}, 0
-    for pair, size in zip(layout.pairs, layout.sizes, strict=False):
+    for pair, size in zip(layout.pairs, layout.sizes, strict=True):
         members = list(pair)
         expert_of_row |= {row + i: members[i * len(members) // size] for i in range(size)}
         row += size
     assert [expert_of_row[row] for row in rows.tolist()] == index[real].tolist()
     assert sorted(e for pair in layout.pairs for e in pair) == sorted(set(index[real].tolist()))
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("most", [1, 20, 10**6])
+def test_groups_have_every_row_once_and_few_at_a_time(routing, most):
+    layout = plan(ROUTINGS[routing](), EXPERTS)[0]
+    groups = list(layout.groups(most))
+    assert [row for at, _ in groups for row in range(at.start, at.stop)] == list(range(layout.rows))
+    assert tuple(pair for _, group in groups for pair in group.pairs) == layout.pairs
+    assert all(group.rows == at.stop - at.start for at, group in groups)
+    assert all(group.rows <= most or len(group.pairs) == 1 for _, group in groups)
+    assert most > 1 or len(groups) == len(layout.pairs)
+
+
+def test_outputs_in_bfloat16_are_added_up_in_float32(monkeypatch):
+    """Each expert adds one to what is 256 already, which bfloat16 does not notice."""
+    monkeypatch.setattr(experts, "AT_ONCE", 1)
+    module = Module(has_gate=False, act=nn.Identity())
+    for parameter, value in ((module.up_proj, 1 / HIDDEN), (module.down_proj, 1 / WIDTH)):
+        parameter.data.fill_(value)
+    index, ones = torch.arange(EXPERTS)[None].expand(2, -1), torch.ones(2, HIDDEN)
+    weights = torch.tensor([256.0] + [1.0] * (EXPERTS - 1)).expand(2, -1)
+    with torch.no_grad():
+        found = experts_forward(module.bfloat16(), ones.bfloat16(), index, weights.bfloat16())
+    torch.testing.assert_close(found.float(), torch.full((2, HIDDEN), 262.0), rtol=2**-8, atol=0)
+    assert torch.tensor(256.0).bfloat16() + 1 == 256
 
 
 def test_padding_is_a_small_part_of_any_work():

@@ -2,17 +2,18 @@
 
 Tokens are sorted by expert once. Experts go two by two through batched products, each with the one whose load is next
 to its own: two small products side by side keep two threads busier than one that is cut between them. The few rows
-that the smaller load is short of have weight zero, so nothing is dropped and nothing is added. The backward pass is
-written by hand: of a call's activations it keeps the up projection's output alone, and the gate's gradient follows from
-W^T dy and the activation, without the experts' outputs. On other devices the work is handed over to transformers'
-`grouped_mm`. Knows transformers' expert modules, nothing of this package.
+that the smaller load is short of have weight zero, so nothing is dropped and nothing is added. Some pairs at a time are
+taken from the tokens through both projections and added up, so that the work needs little memory and that stays in the
+caches. The backward pass is written by hand: of a call's activations it keeps the up projection's output alone, and the
+gate's gradient follows from W^T dy and the activation, without the experts' outputs. On other devices the work is
+handed over to transformers' `grouped_mm`. Knows transformers' expert modules, nothing of this package.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
@@ -27,6 +28,7 @@ from transformers.integrations import moe as stock
 
 NAME = "nestling"
 MAPPED = 2**25  # bytes from which on glibc maps every block anew
+AT_ONCE = 2**21  # bytes of the rows that are computed together
 
 
 def register_experts() -> None:
@@ -155,21 +157,30 @@ class Plan:
     """Where each token's slots stand among the rows.
 
     pairs: experts that go together; one that no token chose is in none. sizes: their rows, in this order, half of them
-    to each expert; then 1 if there is a row for slots without an expert (`spare`).
+    to each expert.
     """
 
     pairs: tuple[range, ...]
-    sizes: list[int]
-    spare: bool
+    sizes: tuple[int, ...]
 
     @property
     def rows(self) -> int:
         return sum(self.sizes)
 
+    def groups(self, most: int) -> Iterator[tuple[slice, Plan]]:
+        """Pairs that follow one another, no more than `most` rows of them at once or one pair, and their rows."""
+        first = row = 0
+        while first < len(self.pairs):
+            last, rows = first + 1, self.sizes[first]
+            while last < len(self.pairs) and rows + self.sizes[last] <= most:
+                rows, last = rows + self.sizes[last], last + 1
+            yield slice(row, row + rows), Plan(self.pairs[first:last], self.sizes[first:last])
+            first, row = last, row + rows
+
     def split(self, rows: Tensor) -> list[Tensor]:
         """The rows of each pair: `[rows, width]` -> `[experts, rows, width]`, views."""
         width = rows.shape[1]
-        parts = zip(self.pairs, rows.split(self.sizes), strict=False)
+        parts = zip(self.pairs, rows.split(self.sizes), strict=True)
         return [part.view(len(pair), len(part) // len(pair), width) for pair, part in parts]
 
     def choose(self, matrices: Tensor) -> list[Tensor]:
@@ -180,55 +191,45 @@ class Plan:
             for pair in self.pairs
         ]
 
-    def product(self, rows: list[Tensor], matrices: Tensor, out: Tensor) -> list[Tensor]:
-        """Each row times its expert's matrix: `[rows, a]` pair by pair, `[experts, a, b]` -> `[rows, b]`."""
-        results = self.split(out)
-        for part, matrix, result in zip(rows, self.choose(matrices), results, strict=True):
+    def product(self, rows: list[Tensor], matrices: Tensor, out: Tensor) -> Tensor:
+        """Each row times its expert's matrix: `[rows, a]` pair by pair, `[experts, a, b]` -> `[rows, b]`, which is
+        written to `out`."""
+        for part, matrix, result in zip(rows, self.choose(matrices), self.split(out), strict=True):
             torch.bmm(part, matrix, out=result)
-        if self.spare:
-            out[-1] = 0
-        return results
+        return out
 
-    def outer(self, left: list[Tensor], right: list[Tensor], like: Tensor) -> Tensor:
-        """Sums of outer products over each expert's rows: `[rows, a]`, `[rows, b]` -> `[experts, a, b]`.
-
-        like: the matrices that it is the gradient of; the result lies in memory as they do, so that autograd keeps it,
-        unless they are a window on larger ones.
-        """
-        turned = like.transpose(1, 2)
-        if turned.is_contiguous() and not like.is_contiguous():
-            return self.outer(right, left, turned).transpose(1, 2)
-        whole = sum(map(len, self.pairs)) == len(like)
-        out = _empty(like, *like.shape) if whole else like.new_zeros(like.shape)
+    def outer(self, left: list[Tensor], right: list[Tensor], out: Tensor) -> None:
+        """Sums of outer products over each expert's rows: `[rows, a]`, `[rows, b]` -> `[experts, a, b]`, into `out`."""
+        if out.stride(-1) != 1:
+            left, right, out = right, left, out.transpose(1, 2)
         for a, b, result in zip(left, right, self.choose(out), strict=True):
             torch.bmm(a.transpose(1, 2), b, out=result)
-        return out
 
-    def sums(self, rows: Tensor, like: Tensor) -> Tensor:
-        """Sums over each expert's rows, in float32 within: `[rows, width]` -> `[experts, width]`, as `like` is."""
-        out = like.new_zeros(like.shape)
+    def sums(self, rows: Tensor, out: Tensor) -> None:
+        """Sums over each expert's rows, in float32 within: `[rows, width]` -> `[experts, width]`, into `out`."""
         for pair, part in zip(self.pairs, self.split(rows), strict=True):
             out[pair.start : pair.stop : pair.step] = part.sum(1)
-        return out
 
 
 def plan(index: Tensor, experts: int) -> tuple[Plan, Tensor, Tensor]:
-    """Lay out the slots of `index` `[tokens, k]`: the plan, each slot's row `[tokens, k]`, each row's token."""
+    """Lay out the slots of `index` `[tokens, k]`: the plan, each slot's row `[tokens, k]`, each row's token.
+
+    A slot without an expert has the row after the last.
+    """
     flat = index.reshape(-1)
     counts = torch.bincount(flat, minlength=experts)[:experts]
-    used = int(counts.sum())
-    layout, starts = _paired(counts.tolist(), used < len(flat))
-    order = torch.argsort(flat, stable=True)[:used]
+    layout, starts = _paired(counts.tolist())
+    order = torch.argsort(flat, stable=True)[: int(counts.sum())]
     shift = torch.tensor(starts, device=flat.device) - (counts.cumsum(0) - counts)
-    row_of = torch.arange(used, device=flat.device) + shift.repeat_interleave(counts)
-    row_of_slot = torch.full_like(flat, layout.rows - 1)
+    row_of = torch.arange(len(order), device=flat.device) + shift.repeat_interleave(counts)
+    row_of_slot = torch.full_like(flat, layout.rows)
     row_of_slot[order] = row_of
     token_of_row = torch.zeros(layout.rows, dtype=flat.dtype, device=flat.device)
     token_of_row[row_of] = order // index.shape[1]
     return layout, row_of_slot.view(index.shape), token_of_row
 
 
-def _paired(counts: list[int], spare: bool) -> tuple[Plan, list[int]]:
+def _paired(counts: list[int]) -> tuple[Plan, list[int]]:
     """The plan in which every expert goes with the one that comes next by load, and the first row of each expert."""
     by_load = sorted((i for i, count in enumerate(counts) if count), key=counts.__getitem__, reverse=True)
     pairs, sizes, starts, row = [], [], [0] * len(counts), 0
@@ -238,7 +239,7 @@ def _paired(counts: list[int], spare: bool) -> tuple[Plan, list[int]]:
         sizes.append(most * len(members))
         starts[members[0]], starts[members[-1]] = row, row + most * (len(members) - 1)
         row += sizes[-1]
-    return Plan(tuple(pairs), sizes + [1] * spare, spare), starts
+    return Plan(tuple(pairs), tuple(sizes)), starts
 
 
 # ---- forward and backward
@@ -260,55 +261,64 @@ class _Compute(torch.autograd.Function):
         activate: Activation | None,
     ) -> Tensor:
         layout, row_of_slot, token_of_row = plan(index, len(up))
-        rows = hidden.index_select(0, token_of_row)
+        expert_of_row = None if up_bias is None else _spread(index, row_of_slot, layout)
+        weight = _spread(weights, row_of_slot, layout)[:, None]
         inner = _empty(hidden, layout.rows, up.shape[2])
-        layout.product(layout.split(rows), up, inner)
-        expert_of_row = _expert_of_row(layout, row_of_slot, index, len(up)) if up_bias is not None else None
-        if up_bias is not None and expert_of_row is not None:
-            inner += up_bias.index_select(0, expert_of_row)
-        weight = _spread(weights, row_of_slot, layout)
-        neurons = _weighed(activated(inner, activate), weight, activate)
-        # the sorted inputs are used up: their memory takes the outputs
-        out = rows if rows.shape[1] == down.shape[2] else hidden.new_empty(layout.rows, down.shape[2])
-        layout.product(layout.split(neurons), down, out)
-        if down_bias is not None and expert_of_row is not None:
-            out += (down_bias.index_select(0, expert_of_row) * weight).to(out.dtype)
+        total = _zeros(hidden, len(hidden), down.shape[2])
+        for at, group in layout.groups(_rows_at_once(hidden)):
+            rows = hidden.index_select(0, token_of_row[at])
+            group.product(group.split(rows), up, inner[at])
+            if up_bias is not None and expert_of_row is not None:
+                inner[at] += up_bias.index_select(0, expert_of_row[at])
+            neurons = _weighed(activated(inner[at], activate), weight[at], activate)
+            # the sorted inputs are used up: their memory takes the outputs
+            out = rows if rows.shape[1] == down.shape[2] else rows.new_empty(group.rows, down.shape[2])
+            group.product(group.split(neurons), down, out)
+            if down_bias is not None and expert_of_row is not None:
+                out += (down_bias.index_select(0, expert_of_row[at]) * weight[at]).to(out.dtype)
+            total.index_add_(0, token_of_row[at], out.to(total.dtype))
         biases = (up_bias, down_bias, expert_of_row)
         ctx.save_for_backward(hidden, weights, row_of_slot, token_of_row, inner, up, down, *biases)
         ctx.layout, ctx.activate = layout, activate
-        return _gather_sum(row_of_slot, out)
+        return total.to(hidden.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         hidden, weights, row_of_slot, token_of_row, inner, up, down, *biases = ctx.saved_tensors
-        up_bias, down_bias, expert_of_row = biases
+        down_bias, expert_of_row = biases[1:]
         layout: Plan = ctx.layout
-        weight = _spread(weights, row_of_slot, layout)
-        rows = grad.index_select(0, token_of_row)
-        parts, pulled = layout.split(rows), hidden.new_empty(layout.rows, down.shape[1])
-        layout.product(parts, down.transpose(1, 2), pulled)
-        neurons, pull = _pullback(inner, ctx.activate)
-        of_weight = (pulled * neurons).sum(-1)
-        if down_bias is not None:
-            of_weight = of_weight + (rows * down_bias.index_select(0, expert_of_row)).sum(-1)
-        of_down = of_up = of_up_bias = of_down_bias = of_hidden = None
-        if ctx.needs_input_grad[4]:
-            of_down = layout.outer(layout.split(_weighed(neurons, weight, ctx.activate)), parts, down)
-        if ctx.needs_input_grad[6]:
-            of_down_bias = layout.sums((rows * weight).to(rows.dtype), down_bias)
-        of_inner = pull(pulled.mul_(weight))
-        if ctx.needs_input_grad[5]:
-            of_up_bias = layout.sums(of_inner, up_bias)
-        rows = torch.index_select(hidden, 0, token_of_row, out=_reused(rows, hidden))
-        pieces = layout.split(of_inner)
-        if ctx.needs_input_grad[3]:
-            of_up = layout.outer(layout.split(rows), pieces, up)
-        if ctx.needs_input_grad[0]:
-            layout.product(pieces, up.transpose(1, 2), rows)
-            of_hidden = _gather_sum(row_of_slot, rows)
-        of_weights = of_weight[row_of_slot].to(weights.dtype) * (row_of_slot != layout.rows - 1 if layout.spare else 1)
-        return of_hidden, of_weights, None, of_up, of_down, of_up_bias, of_down_bias, None
+        weight = _spread(weights, row_of_slot, layout)[:, None]
+        needs = ctx.needs_input_grad
+        of_hidden = _zeros(hidden, *hidden.shape) if needs[0] else None
+        of_weight = grad.new_zeros(layout.rows + 1)
+        of_up, of_down, of_up_bias, of_down_bias = (
+            _gradient(tensor, layout) if needed else None
+            for tensor, needed in zip((up, down, *biases), needs[3:7], strict=False)
+        )
+        for at, group in layout.groups(_rows_at_once(hidden)):
+            rows = grad.index_select(0, token_of_row[at])
+            parts, pulled = group.split(rows), rows.new_empty(group.rows, down.shape[1])
+            group.product(parts, down.transpose(1, 2), pulled)
+            neurons, pull = _pullback(inner[at], ctx.activate)
+            of_weight[at] = (pulled * neurons).sum(-1)
+            if down_bias is not None:
+                of_weight[at] += (rows * down_bias.index_select(0, expert_of_row[at])).sum(-1)
+            if of_down is not None:
+                group.outer(group.split(_weighed(neurons, weight[at], ctx.activate)), parts, of_down)
+            if of_down_bias is not None:
+                group.sums((rows * weight[at]).to(rows.dtype), of_down_bias)
+            of_inner = pull(pulled.mul_(weight[at]))
+            if of_up_bias is not None:
+                group.sums(of_inner, of_up_bias)
+            pieces = group.split(of_inner)
+            if of_up is not None:
+                group.outer(group.split(hidden.index_select(0, token_of_row[at])), pieces, of_up)
+            if of_hidden is not None:
+                back = group.product(pieces, up.transpose(1, 2), hidden.new_empty(group.rows, hidden.shape[1]))
+                of_hidden.index_add_(0, token_of_row[at], back.to(of_hidden.dtype))
+        of_hidden = None if of_hidden is None else of_hidden.to(hidden.dtype)
+        return of_hidden, of_weight[row_of_slot].to(weights.dtype), None, of_up, of_down, of_up_bias, of_down_bias, None
 
 
 def _pullback(inner: Tensor, activate: Activation | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -353,26 +363,29 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
     return torch.frombuffer(block, dtype=like.dtype).view(shape)
 
 
-def _gather_sum(row_of_slot: Tensor, rows: Tensor) -> Tensor:
-    """Each token's rows added up: `[tokens, k]`, `[rows, width]` -> `[tokens, width]`, without a copy of them."""
-    return F.embedding_bag(row_of_slot, rows, mode="sum")
+def _zeros(like: Tensor, *shape: int) -> Tensor:
+    """Where rows are added up: in float32 at least, since there are many of them to a token."""
+    return like.new_zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
-def _spread(weights: Tensor, row_of_slot: Tensor, layout: Plan) -> Tensor:
-    """The weight of each row `[rows, 1]`, zero for padding."""
-    spread = weights.new_zeros(layout.rows)
-    spread[row_of_slot.reshape(-1)] = weights.reshape(-1)
-    if layout.spare:
-        spread[-1] = 0
-    return spread[:, None]
+def _gradient(like: Tensor, layout: Plan) -> Tensor:
+    """Memory for the gradient of what has the expert as first dimension; zero where an expert has no rows.
+
+    It lies as the parameter does, so that autograd keeps it, unless that is a window on larger ones.
+    """
+    if like.dim() == 3 and (turned := like.transpose(1, 2)).is_contiguous() and not like.is_contiguous():
+        return _gradient(turned, layout).transpose(1, 2)
+    whole = sum(map(len, layout.pairs)) == len(like)
+    return _empty(like, *like.shape) if whole else like.new_zeros(like.shape)
 
 
-def _expert_of_row(layout: Plan, row_of_slot: Tensor, index: Tensor, experts: int) -> Tensor:
-    expert_of_row = torch.zeros(layout.rows, dtype=index.dtype, device=index.device)
-    expert_of_row[row_of_slot.reshape(-1)] = index.reshape(-1).clamp_max(experts - 1)
-    return expert_of_row
+def _rows_at_once(hidden: Tensor) -> int:
+    """Rows of a group: so few that what is computed of them stays in a core's cache."""
+    return max(1, AT_ONCE // (hidden.shape[1] * hidden.element_size()))
 
 
-def _reused(rows: Tensor, hidden: Tensor) -> Tensor:
-    """The memory of `rows` where it fits rows of `hidden`, else new."""
-    return rows if rows.shape[1] == hidden.shape[1] else hidden.new_empty(len(rows), hidden.shape[1])
+def _spread(values: Tensor, row_of_slot: Tensor, layout: Plan) -> Tensor:
+    """What slots have, for their rows: `[tokens, k]` -> `[rows]`, zero for padding."""
+    spread = values.new_zeros(layout.rows + 1)
+    spread[row_of_slot.reshape(-1)] = values.reshape(-1)
+    return spread[:-1]
