@@ -18,6 +18,7 @@ from benchmarks.record import Record, Row, claim, commit
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from nestling import evaluate, hub
+from nestling.anatomy import Anatomy
 from nestling.cost import cost
 from nestling.data import train_tokenizer
 from nestling.hub.load import load_tokenizer
@@ -101,7 +102,7 @@ def trained(
     if (folder / "record.json").exists():
         return json.loads((folder / "record.json").read_text())
     words, model, at = tokenizer(work), make(), commit()
-    before, routed = held_out(model, words), hasattr(model.config, "num_experts")
+    before, routed = held_out(model, words), bool(Anatomy.of(model).routed_layers())
     chosen = options(steps, seed, rate) | {"save_every": 100}
     if routed:
         train(model, DATA, words, MixtureSettings(**chosen, **more), folder)
