@@ -1,14 +1,19 @@
 """Rows that need far context: text of the standard library with facts to be remembered strewn into it, and drills.
 
-A row of text holds `FACTS` facts in its first part and asks for all of them, in another order, in its last part. A fact
-is one token that stands for a key and its value; a question is the token of the key, and the answer is the fact again.
+A row of text holds facts in its first part and asks for some of them, in another order, in its last part. A fact is
+one token that stands for a key and its value; a question is the token of the key, and the answer is the fact again.
 Facts are drawn anew for every row, so the only way to answer is to look fifty to `CONTEXT` tokens back: the share of
-answers that come out right is the recall of a model. A part of the training rows are drills: facts that are asked for
-again and again as soon as they have been told, near at first and farther the longer the row gets; only answers count.
-Recall begins with drills of short rows (`near`): there it comes within 0.2 million tokens and stays when rows get long
-and full of text, which alone had not begun to teach it after 0.8 million. Facts of two tokens (key, then value) would
-be the harder task, since it needs two layers that work together: models of this size had not begun to learn it after
-three million tokens.
+answers that come out right is the recall of a model. Half of the rows hold few facts, `FACTS`: needles, for which a
+cache with a quarter of the slots has room if it knows them. The others are crowded: `CROWD` facts, any of which may be
+asked for, are a third of the row and more than the text around them, so nothing stands out, and a head that recalls
+needs more slots than its share.
+
+A part of the training rows are drills: facts that are asked for again and again as soon as they have been told, near
+at first and farther the longer the row gets; only answers count. Recall begins with drills of short rows (`near`):
+there it comes within 0.2 million tokens and stays when rows get long and full of text, which alone had not begun to
+teach it after 0.8 million. Facts of two tokens (key, then value) would be the harder task, since it needs two layers
+that work together: models of this size had not begun to learn it after three million tokens, nor to go on with random
+tokens that repeat after one million, even with a first head that was made to look at the token before.
 """
 
 from __future__ import annotations
@@ -27,14 +32,14 @@ from nestling.data.documents import documents
 from nestling.data.vocabulary import train_tokenizer
 from nestling.train import IGNORE
 
-CONTEXT, FACTS = 512, 24
-NAMES, VALUES = 32, 16  # keys, and values that each may have
+CONTEXT, FACTS, CROWD = 512, 24, 160
+NAMES, VALUES = 192, 8  # keys, and values that each may have
 TEXT = 1024  # tokens of text; then come the keys, then the facts
 ASK, TELL = TEXT, TEXT + NAMES
 VOCAB = TELL + NAMES * VALUES
 END = 0  # parts documents
 DRILLS = 0.25  # of the training rows
-NEAR, FEW = 64, 8  # tokens of a row, and its facts, with which recall is begun
+NEAR, FEW = 64, 8  # tokens of a row, and its facts, with which recall begins
 CHARACTERS = {"train": 8_000_000, "validation": 1_500_000}
 KEPT = Path("runs/dmc-quality/text")
 
@@ -68,9 +73,9 @@ def _read(split: str) -> Tensor:
 
 
 def held_out(count: int, seed: int = 99) -> tuple[Tensor, Tensor]:
-    """Rows of text with facts `[count, CONTEXT]`, and whether each token is an answer."""
+    """Rows of text with facts `[count, CONTEXT]`, few and crowded in turns, and whether each token is an answer."""
     generator = random.Random(seed)
-    found = [_strewn("validation", generator) for _ in range(count)]
+    found = [_strewn("validation", generator, (FACTS, CROWD)[row % 2]) for row in range(count)]
     return torch.stack([ids for ids, _ in found]), torch.stack([asked for _, asked in found])
 
 
@@ -80,8 +85,9 @@ def training(count: int, seed: int) -> tuple[Tensor, Tensor]:
     ids = torch.empty(count, CONTEXT, dtype=torch.long)
     labels = torch.empty_like(ids)
     for row in range(count):
+        facts = generator.choice((FACTS, CROWD))
         drilled = generator.random() < DRILLS
-        ids[row], known = _drill(generator, CONTEXT, FACTS) if drilled else _strewn("train", generator)
+        ids[row], known = _drill(generator, CONTEXT, facts) if drilled else _strewn("train", generator, facts)
         labels[row] = torch.where(known | (ids[row] < TEXT), ids[row], IGNORE)
     return ids, labels
 
@@ -95,7 +101,7 @@ def near(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _drill(generator: random.Random, length: int, most: int) -> tuple[Tensor, Tensor]:
-    facts = _facts(generator)[:most]
+    facts = _facts(generator, most)
     every = generator.choice((2, 4, 8))  # one in so many is told, the others are asked for
     told, ids, known = 0, [], []
     while len(ids) < length:
@@ -110,12 +116,12 @@ def _drill(generator: random.Random, length: int, most: int) -> tuple[Tensor, Te
     return torch.tensor(ids[:length]), torch.tensor(known[:length])
 
 
-def _strewn(split: str, generator: random.Random) -> tuple[Tensor, Tensor]:
+def _strewn(split: str, generator: random.Random, count: int) -> tuple[Tensor, Tensor]:
     source = text(split)
     start = generator.randrange(len(source) - CONTEXT)
     ids, answers = source[start : start + CONTEXT].clone(), torch.zeros(CONTEXT, dtype=torch.bool)
-    facts = _facts(generator)
-    for place, fact in zip(sorted(generator.sample(range(CONTEXT * 6 // 10), FACTS)), facts, strict=True):
+    facts = _facts(generator, count)
+    for place, fact in zip(generator.sample(range(CONTEXT * 6 // 10), count), facts, strict=True):
         ids[place] = TELL + fact
     asked = sorted(generator.sample(range(CONTEXT * 7 // 10, CONTEXT - 1, 2), FACTS))
     for place, fact in zip(asked, generator.sample(facts, FACTS), strict=True):
@@ -124,6 +130,6 @@ def _strewn(split: str, generator: random.Random) -> tuple[Tensor, Tensor]:
     return ids, answers
 
 
-def _facts(generator: random.Random) -> list[int]:
-    """`FACTS` keys with a value each, as one number."""
-    return [key * VALUES + generator.randrange(VALUES) for key in generator.sample(range(NAMES), FACTS)]
+def _facts(generator: random.Random, count: int) -> list[int]:
+    """Keys with a value each, as one number."""
+    return [key * VALUES + generator.randrange(VALUES) for key in generator.sample(range(NAMES), count)]

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_see
 from nestling.train import CausalLM, TrainSettings, fit
 
 TOKENS = 2_000_000
-FIRST = 400_000  # tokens of short drills before them
+FIRST = 600_000  # tokens of short drills before them
 HEADS, LAYERS, DIM = 4, 4, 32
 SHORT = 32  # rows of a batch of short drills
 HOW: dict[str, Any] = {

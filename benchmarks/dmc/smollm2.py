@@ -4,7 +4,7 @@ Late eviction with distillation (`dms`) needs the least data of all arms in `qua
 standard library, with the decisions of decoding, beside the model as it is and beside StreamingLLM, which is not
 trained, with as many slots at the end of a row. Rows that are recorded already are not computed again.
 
-    python -m benchmarks.dmc.smollm2 [--ratio 2] [--tokens 8192] [--rate 3e-4] [--seed 0] [--work DIR]
+    python -m benchmarks.dmc.smollm2 [--ratio 2] [--tokens 8192] [--rate 3e-4] [--scale 10] [--seed 0] [--work DIR]
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rate", type=float, default=3e-4, help="peak of the learning rate")
+    parser.add_argument("--scale", type=float, default=10, help="factor of the gates' logits: how fast they learn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("runs/dmc-smollm2"))
     chosen = parser.parse_args()
@@ -48,10 +49,13 @@ def main() -> None:
     def taught() -> Row:
         how = {"method": "dms", "window": WINDOW, "ratio": chosen.ratio, "context": CONTEXT, "save_every": 8}
         how |= {"tokens": chosen.tokens, "batch_size": 1, "learning_rate": chosen.rate, "seed": chosen.seed}
-        folder = chosen.work / f"dms-{chosen.ratio}-{chosen.tokens}-{chosen.rate:g}-s{chosen.seed}"
+        how |= {"scale": chosen.scale}
+        folder = chosen.work / f"dms-{chosen.ratio}-{chosen.tokens}-{chosen.rate:g}-{chosen.scale:g}-s{chosen.seed}"
         return score(dmc.retrofit(model, TEXT, tokenizer, run_dir=folder, **how), rows)
 
-    made = record.row({"arm": "dms", **key, "tokens": chosen.tokens, "rate": chosen.rate}, taught)
+    made = record.row(
+        {"arm": "dms", **key, "tokens": chosen.tokens, "rate": chosen.rate, "scale": chosen.scale}, taught
+    )
     if made["measured"] > 0.9 * chosen.ratio:  # else what it lost is not the price of that ratio
         record.save(record.claims | {f"smollm2_loss_ratio_{chosen.ratio}x": lost(made, plain, chosen)})
     show(record.rows, ["arm", "ratio", "tokens"], ["measured", "loss"])
