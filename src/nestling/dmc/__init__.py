@@ -1,5 +1,6 @@
 """Dynamic memory compression: a KV cache that learns which tokens share a slot (arXiv 2403.09636)."""
 
+from nestling.dmc.calibrate import calibrate
 from nestling.dmc.convert import convert, free, is_converted
 from nestling.dmc.measure import Compression, measure
 from nestling.dmc.register import register
@@ -18,6 +19,7 @@ __all__ = [
     "RetrofitSettings",
     "SlotLayer",
     "cache_bytes",
+    "calibrate",
     "convert",
     "free",
     "is_converted",

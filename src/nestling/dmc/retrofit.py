@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from nestling.data import batches
+from nestling.dmc.calibrate import calibrate
 from nestling.dmc.convert import convert, is_converted
 from nestling.dmc.learner import Retrofit
+from nestling.dmc.measure import measure
 from nestling.dmc.settings import RetrofitSettings
 from nestling.errors import NestlingError
 from nestling.train import fit
+
+INPUTS = ("input_ids", "attention_mask")
+DATASETS = (datasets.Dataset, torch.utils.data.Dataset)
 
 
 def retrofit(
@@ -27,6 +37,9 @@ def retrofit(
     **overrides: Any,
 ) -> PreTrainedModel:
     """Teach a model, in place, to share slots of its cache between tokens; returns it in eval mode.
+
+    At the end the point at which gates decide is moved to where the ratio is met (`calibrate`); what it was before, and
+    the ratio that came of it, are kept in `config.dmc["learned"]`.
 
     teacher: whose distributions it keeps; a copy of the model as it is unless given (none with `kd_weight=0`).
     data, run_dir, resume: as `nestling.train.fit` takes them. overrides: single settings, such as `ratio=8`.
@@ -42,7 +55,36 @@ def retrofit(
     set_seed(settings.seed)
     convert(model, **settings.gates())
     learner = Retrofit(model, teacher.requires_grad_(False) if teacher is not None else None, settings)
-    fit(learner, data, tokenizer, settings, run_dir, resume)
+    kept: list[Mapping[str, Tensor]] = []
+    streamed = isinstance(data, Iterable) and not isinstance(data, (str, Path, *DATASETS))
+    stream = _keeping(data, kept, settings.calibration_tokens) if streamed else data
+    fit(learner, stream, tokenizer, settings, run_dir, resume)
     learner.finish()
     model.config.dmc["ratio"] = settings.ratio
+    if settings.calibration_tokens:
+        sample = kept if streamed else _first(data, tokenizer, settings)
+        model.config.dmc["learned"] = {"ratio": round(measure(model, sample).ratio, 4), "offset": settings.offset}
+        calibrate(model, sample, settings.ratio)
     return model
+
+
+def _keeping(data: Iterable[Any], kept: list[Mapping[str, Tensor]], tokens: int) -> Iterator[Any]:
+    """The batches as they come, of which the first are kept until they have so many tokens."""
+    for batch in data:
+        if sum(part["input_ids"].numel() for part in kept) < tokens:
+            kept.append(batch)
+        yield batch
+
+
+def _first(data: Any, tokenizer: Any, settings: RetrofitSettings) -> list[dict[str, Tensor]]:
+    """Batches of the first tokens of text, or of a dataset."""
+    context, tokens = settings.context, settings.calibration_tokens
+    if isinstance(data, (str, Path)):
+        return batches(data, tokenizer, context=context, tokens=max(tokens, context), batch_size=4, seed=settings.seed)
+    found: list[dict[str, Tensor]] = []
+    for place in range(len(data)):
+        if sum(part["input_ids"].numel() for part in found) >= tokens:
+            break
+        row = {name: torch.as_tensor(data[place][name])[None] for name in INPUTS if name in data[place]}
+        found.append(row)
+    return found

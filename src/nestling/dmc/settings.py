@@ -28,6 +28,8 @@ class RetrofitSettings(TrainSettings):
         temperature: Of the relaxed decisions in training.
         pressure: Least weight of the loss that asks for the ratio.
         gain: By how much that weight grows in a step that is all of the ratio short; it falls back in the same way.
+        calibration_tokens: Tokens on which, at the end, the gates' offset is moved to where the ratio is met; with 0 it
+            stays.
         kd_weight: Weight of the divergence from the model as it was.
         ce_weight: Weight of the cross-entropy with the data.
         loss: Divergence of the student's from the teacher's distribution: forward_kl or reverse_kl.
@@ -45,6 +47,7 @@ class RetrofitSettings(TrainSettings):
     temperature: float = 0.1
     pressure: float = 1.0
     gain: float = 1.0
+    calibration_tokens: int = 8192
     kd_weight: float = 1.0
     ce_weight: float = 0.0
     loss: str = "forward_kl"
@@ -64,6 +67,8 @@ class RetrofitSettings(TrainSettings):
             raise NestlingError(f"there is no method '{self.method}' for a cache: choose from {', '.join(METHODS)}")
         if self.window < 0:
             raise NestlingError(f"window {self.window} is not possible: give how many tokens are kept at least")
+        if self.calibration_tokens < 0:
+            raise NestlingError(f"calibration_tokens {self.calibration_tokens} is not possible: give 0 or more")
         if self.pressure < 0 or self.gain < 0:
             raise NestlingError(f"pressure {self.pressure} and gain {self.gain} are weights: give at least 0")
 
