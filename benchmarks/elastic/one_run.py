@@ -6,9 +6,11 @@ ranking to the very shape that the router found and distills it on T tokens, on 
 `searched` are elastic runs with shapes that no router chose, of the same budgets. Losses are of held-out text, nats
 per token; seconds are processor time.
 
-    python -m benchmarks.elastic.one_run [--work runs/elastic] [--seeds 0 1]
+    python -m benchmarks.elastic.one_run [--work runs/elastic] [--seeds 0 1] [--budgets 0.85x 0.7x 0.6x 0.5x]
 
-Every arm is kept in the work folder when it is done, so a run that was stopped goes on.
+How much is saved grows with the number of members, so `--budgets` takes any; a work folder is of one list of them, and
+the record of any other list than the first has their number in its name. Every arm is kept in the work folder when it
+is done, so a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import copy
 import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -75,21 +77,25 @@ def main() -> None:
     parser.add_argument("--controls", nargs="*", default=CONTROLS, help="shapes to compare with")
     parser.add_argument("--steps", type=int, default=160, help="steps of the elastic run, of 512 tokens each")
     parser.add_argument("--routing", type=float, default=0.2, help="part of them in which the router learns")
-    parser.add_argument("--weights", type=float, nargs=3, default=[1, 2, 2], help="of the parent and the members")
+    parser.add_argument("--budgets", nargs="+", default=list(BUDGETS), help="of the members")
+    parser.add_argument("--weights", type=float, nargs="+", help="of the parent and the members; 1 and 2s unless given")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    bench = Bench(Path(chosen.work), chosen.steps, {"routing": chosen.routing, "weights": chosen.weights})
+    options = {"routing": chosen.routing, "weights": chosen.weights or [1.0] + [2.0] * len(chosen.budgets)}
+    bench = Bench(Path(chosen.work), chosen.steps, options, chosen.budgets)
     rows = [row for seed in chosen.seeds for row in bench.rows(seed, chosen.controls)]
     show(rows)
     RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(record(rows, chosen.seeds, bench), indent=1) + "\n")
+    usual = tuple(chosen.budgets) == BUDGETS
+    path = RESULT if usual else RESULT.with_stem(f"{RESULT.stem}_{len(chosen.budgets)}_members")
+    path.write_text(json.dumps(record(rows, chosen.seeds, bench), indent=1) + "\n")
 
 
 class Bench:
     """The parent and its arms, each done once."""
 
-    def __init__(self, work: Path, steps: int, options: dict[str, Any]):
-        self.work, self.steps, self.options = work, steps, options
+    def __init__(self, work: Path, steps: int, options: dict[str, Any], budgets: Sequence[str] = BUDGETS):
+        self.work, self.steps, self.options, self.budgets = work, steps, options, budgets
         work.mkdir(parents=True, exist_ok=True)
         self.tokenizer = self._tokenizer()
         self.parent = self._parent()
@@ -122,7 +128,7 @@ class Bench:
         shapes = self.shapes(parent, seed, arm) if arm in CONTROLS else changed.pop("shapes", None)
         settings = {"steps": self.steps, "learning_rate": RATE, "seed": seed, "log_every": 20, **ROWS, **self.options}
         family = nl.elastic.train(
-            parent, BUDGETS, DATA, self.tokenizer, shapes=shapes, ranking=self.ranking(), **(settings | changed)
+            parent, self.budgets, DATA, self.tokenizer, shapes=shapes, ranking=self.ranking(), **(settings | changed)
         )
         seconds = time.process_time() - started
         whole = family.cost("1x").params
@@ -161,7 +167,7 @@ class Bench:
     def shapes(self, parent: PreTrainedModel, seed: int, arm: str) -> dict[str, Shape]:
         """Shapes that meet the budgets and that no router has learned."""
         anatomy = nl.Anatomy.of(parent)
-        plan = make_plan(anatomy, importance(anatomy, self.ranking()), BUDGETS, ElasticSettings())
+        plan = make_plan(anatomy, importance(anatomy, self.ranking()), self.budgets, ElasticSettings())
         make = {"uniform": uniform, "random": partial(random, seed=seed), "searched": partial(self.searched, seed=seed)}
         return {target.name: make[arm](plan.space, target) for target in plan.targets}
 
@@ -225,32 +231,36 @@ def record(rows: list[dict[str, Any]], seeds: list[int], bench: Bench) -> dict[s
     weights = " ".join(f"{weight:g}" for weight in bench.options["weights"])
     return {
         "command": f"python -m benchmarks.elastic.one_run --seeds {' '.join(map(str, seeds))} --steps {bench.steps} "
-        f"--routing {bench.options['routing']} --weights {weights}",
+        f"--routing {bench.options['routing']} --budgets {' '.join(bench.budgets)} --weights {weights}",
         "commit": commit(),
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "seeds": seeds,
         "rows": rows,
-        "claims": claims(rows, seeds, bench.steps),
+        "claims": claims(rows, seeds, bench),
     }
 
 
-def claims(rows: list[dict[str, Any]], seeds: list[int], steps: int) -> dict[str, Any]:
-    gaps, ratios = [], []
+def claims(rows: list[dict[str, Any]], seeds: list[int], bench: Bench) -> dict[str, Any]:
+    gaps, ratios, count = [], [], len(bench.budgets)
     for seed in seeds:
         here = [row for row in rows if row["seed"] == seed]
         elastic = {row["member"]: row["loss"] for row in here if row["arm"] == "elastic"}
         apart = {(r["member"], r["tokens"]): r["loss"] for r in here if r["arm"] == "separate"}
-        whole = steps * TOKENS
-        gaps += [elastic[member] / apart[member, whole] - 1 for member in BUDGETS]
-        needed = [_tokens_for(elastic[m], {t: loss for (name, t), loss in apart.items() if name == m}) for m in BUDGETS]
+        whole = bench.steps * TOKENS
+        gaps += [elastic[member] / apart[member, whole] - 1 for member in bench.budgets]
+        needed = [
+            _tokens_for(elastic[member], {t: loss for (name, t), loss in apart.items() if name == member})
+            for member in bench.budgets
+        ]
         ratios.append(sum(needed) / whole)
     return {
         "member_loss_gap": claim(gaps, seeds, None, "relative", (
             "held-out loss of a member over that of the same shape, pruned and distilled alone on the same tokens, - 1"
         )),
         "tokens_vs_separate_runs": claim(ratios, seeds, 7, "x fewer", (
-            "tokens that separate runs need for the losses of both reduced members, over those of the one run; from "
-            "runs on 1/4, 1/2 and all of its tokens, interpolated in log tokens, at most all; the paper counts search"
+            f"tokens that separate runs need for the losses of the {count} reduced members, over those of the one run; "
+            f"from runs on 1/4, 1/2 and all of its tokens, interpolated in log tokens, at most all, so {count} is the "
+            "most there can be; the paper counts search too"
         )),
     }  # fmt: skip
 
