@@ -2,9 +2,10 @@
 
 SmolLM2-135M is the parent, in float32; 0.75x and 0.5x members have uniformly scaled shapes, since nothing here depends
 on how good they are. Memory is resident size in a fresh process, less what it was before the model was loaded.
-Decoding is timed in turns by `nestling.evaluate.speed`. A step is the loss on 256 tokens, its gradients and the fused
-AdamW that training uses over the whole parent, with a frozen teacher's forward pass and without: processor time of one
-thread, in turns. Linux only.
+Decoding is timed in many short turns; a ratio is the median of those of single rounds, and the same checkpoint,
+extracted a second time, says what such a ratio is worth. A step is the loss on rows of 256 tokens, its gradients and
+the fused AdamW that training uses over the whole parent, with a frozen teacher's forward pass and without: processor
+time of one thread, in turns. Its floor is the ratio of the operations in products. Linux only.
 
     python benchmarks/elastic/members.py [--rounds 3]
 """
@@ -14,10 +15,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import random
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -26,20 +30,20 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from transformers import PreTrainedModel
+from torch.utils.flop_counter import FlopCounterMode
 
 from nestling import Family, evaluate, hub
 from nestling.anatomy import Anatomy
 from nestling.elastic import ElasticLearner, ElasticSettings, Entry
 from nestling.elastic.controls import uniform
-from nestling.elastic.member import Blocks, Member
 from nestling.elastic.train import make_plan
 
 RESULT = Path(__file__).parents[1] / "results/elastic/members.json"
 MODEL = "builtin:smollm2-135m-instruct"
 BUDGETS = ("0.75x", "0.5x")
-TOKENS = 256
+ROW = 256  # tokens
+STEPS = (256, 1024)  # tokens of a step
+PROMPT, NEW, ROUNDS = 16, 8, 24  # tokens and rounds of decoding
 SEED = 0
 
 
@@ -104,60 +108,63 @@ def resident_bytes() -> int:
 
 
 def decoding(family: Family) -> dict[str, Any]:
-    """Speeds of every member beside its extracted checkpoint, in turns; `packed`: the member without gaps in memory."""
+    """Tokens per second, round by round, of every member and of its extracted checkpoint, which is there twice."""
     rows = {}
     for name in BUDGETS:
-        arms = {"member": family[name], "packed": packed(family, name), "extracted": family.extract(name)}
-        found = evaluate.speed(arms, prompt_tokens=32, new_tokens=24)
-        rows[name] = {arm: vars(value) for arm, value in found.items()}
+        arms = {"member": family[name], "extracted": family.extract(name), "extracted again": family.extract(name)}
+        rows[name] = {arm: [] for arm in arms}
+        for turn in range(ROUNDS):
+            order = random.Random(turn).sample(list(arms), len(arms))
+            models = {arm: arms[arm] for arm in order}
+            found = evaluate.speed(models, prompt_tokens=PROMPT, new_tokens=NEW, rounds=1, warmup=int(turn == 0))
+            for arm, value in found.items():
+                rows[name][arm].append(value.decode_tokens_per_s)
     return rows
 
 
-def packed(family: Family, name: str) -> PreTrainedModel:
-    """A member whose windows are copied out of the parent: the same modules and calls, rows without gaps."""
-    model, copies = Member(family.parent, family.selection(name)).model, {}
-    for module in model.modules():
-        if isinstance(module, Blocks):
-            module.blocks = [[nn.Parameter(block.detach().clone()) for block in row] for row in module.blocks]
-        for attribute, window in module._parameters.items():
-            if window is not None:
-                copies.setdefault(window, nn.Parameter(window.detach().clone(), requires_grad=False))
-                module._parameters[attribute] = copies[window]
-    return model
-
-
 def steps(family: Family, rounds: int) -> list[dict[str, Any]]:
-    """Seconds of a training step of each member, with a teacher and without, in turns."""
+    """Seconds of a training step of the parent and of the half member, in turns, and operations in its products."""
+    rows = []
+    for tokens in STEPS:
+        for teacher in ("frozen", "none"):
+            kinds = {"1x": -1, "0.5x": BUDGETS.index("0.5x")}
+            step = _step(family, teacher, tokens)
+            seconds, operations = {name: [] for name in kinds}, {}
+            for turn in range(1 + (rounds if tokens == ROW else (rounds + 1) // 2)):
+                for name, number in kinds.items():
+                    with FlopCounterMode(display=False) if turn == 0 else nullcontext() as counter:
+                        took = step(number)
+                    if counter is None:
+                        seconds[name].append(took)
+                    else:
+                        operations[name] = counter.get_total_flops()
+            rows += [
+                {"tokens": tokens, "teacher": teacher, "member": name, "seconds": seconds[name], "operations": n}
+                for name, n in operations.items()
+            ]
+    return rows
+
+
+def _step(family: Family, teacher: str, tokens: int) -> Callable[[int], float]:
+    """A function that takes a step with a member, -1 for the parent, and returns its seconds."""
     generator = torch.Generator().manual_seed(SEED)
-    ids = torch.randint(3, 40000, (1, TOKENS), generator=generator)
-    anatomy = family.anatomy
-    seconds: dict[tuple[str, str], list[float]] = {}
-    for teacher in ("frozen", "none"):
-        settings = ElasticSettings(teacher=teacher)
-        plan = make_plan(anatomy, family.order, BUDGETS, settings)
-        shapes = [plan.space.sizes_of(family.entry(name).shape) for name in BUDGETS]
-        taught = hub.load(MODEL, dtype="float32")[0] if teacher == "frozen" else None
-        parent = family.parent.requires_grad_(True)
-        learner = ElasticLearner(parent, taught, plan, settings, shapes)
-        optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-6, fused=True)  # as `transformers.Trainer` does
-        for turn in range(rounds + 1):
-            for number, name in ((-1, "1x"), (1, "0.5x"), (0, "0.75x")):
-                started = time.process_time()
-                learner.drawn = [number]
-                learner(ids, ids.roll(-1))["loss"].backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                if turn:
-                    seconds.setdefault((teacher, name), []).append(time.process_time() - started)
-    return [
-        {
-            "teacher": teacher,
-            "member": name,
-            "seconds": times,
-            "to_full": median(times) / median(seconds[teacher, "1x"]),
-        }
-        for (teacher, name), times in seconds.items()
-    ]
+    ids = torch.randint(3, 40000, (tokens // ROW, ROW), generator=generator)
+    settings = ElasticSettings(teacher=teacher)
+    plan = make_plan(family.anatomy, family.order, BUDGETS, settings)
+    shapes = [plan.space.sizes_of(family.entry(name).shape) for name in BUDGETS]
+    taught = hub.load(MODEL, dtype="float32")[0] if teacher == "frozen" else None
+    learner = ElasticLearner(family.parent.requires_grad_(True), taught, plan, settings, shapes)
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-6, fused=True)  # as `transformers.Trainer` does
+
+    def step(number: int) -> float:
+        started = time.process_time()
+        learner.drawn = [number]
+        learner(ids, ids.roll(-1, -1))["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.process_time() - started
+
+    return step
 
 
 def show(rows: dict[str, Any]) -> None:
@@ -165,16 +172,31 @@ def show(rows: dict[str, Any]) -> None:
     seen = rows["memory"]
     table.add_row("resident, family over parent", "all", f"{seen['family_bytes'] / seen['parent_bytes']:.4f}")
     for name, arms in rows["decoding"].items():
-        for arm in ("member", "packed"):
-            table.add_row(f"decoding, {arm} over extracted", name, f"{_ratio(arms, arm):.3f}")
-    for row in rows["steps"]:
-        took = f"{median(row['seconds']):.2f} s, {row['to_full']:.3f}"
-        table.add_row(f"step, teacher {row['teacher']}", row["member"], took)
+        for arm in ("member", "extracted again"):
+            table.add_row(f"decoding, {arm} over extracted", name, _written(_ratios(arms[arm], arms["extracted"])))
+    for tokens, teacher, half, full in _pairs(rows["steps"]):
+        floor = half["operations"] / full["operations"]
+        took = f"{median(half['seconds']):.2f} of {median(full['seconds']):.2f} s, "
+        ratio = _written(_ratios(half["seconds"], full["seconds"]))
+        table.add_row(f"step, {tokens} tokens, teacher {teacher}", "0.5x", f"{took}{ratio}, floor {floor:.3f}")
     Console().print(table)
 
 
-def _ratio(arms: dict[str, Any], arm: str) -> float:
-    return arms[arm]["decode_tokens_per_s"] / arms["extracted"]["decode_tokens_per_s"]
+def _ratios(values: list[float], others: list[float]) -> list[float]:
+    """What one is of the other in every round."""
+    return [value / other for value, other in zip(values, others, strict=True)]
+
+
+def _written(ratios: list[float]) -> str:
+    return f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+
+
+def _pairs(rows: list[dict[str, Any]]) -> Iterator[tuple[int, str, dict[str, Any], dict[str, Any]]]:
+    """Tokens, teacher, and the steps of the half member and of the parent."""
+    found = {(row["tokens"], row["teacher"], row["member"]): row for row in rows}
+    for (tokens, teacher, member), row in found.items():
+        if member == "0.5x":
+            yield tokens, teacher, row, found[tokens, teacher, "1x"]
 
 
 def record(rows: dict[str, Any], rounds: int) -> dict[str, Any]:
@@ -194,24 +216,34 @@ def record(rows: dict[str, Any], rounds: int) -> dict[str, Any]:
                 "how": "resident size of parent, 0.75x and 0.5x in one process over the parent alone, each less "
                 "the process before the model; the paper allows 2 % for routers, and reports storage, not residence",
             },
-            "half_member_step_time_ratio": _steps_claim(rows["steps"], "frozen", "frozen teacher's forward pass, "),
-            "half_member_step_time_ratio_without_teacher": _steps_claim(rows["steps"], "none", ""),
+            **{f"member_decoding_ratio_{name}": _decoding(arms) for name, arms in rows["decoding"].items()},
+            **{
+                f"half_member_step_time_ratio_{tokens}_tokens_teacher_{teacher}": _claim(
+                    _ratios(half["seconds"], full["seconds"]),
+                    "x of the full step",
+                    f"step of the 0.5x member over the parent's, {tokens} tokens, teacher {teacher}: loss, gradients "
+                    f"and AdamW over the whole parent in both, processor time of one thread; by the operations of its "
+                    f"products alone {half['operations'] / full['operations']:.3f}",
+                )
+                for tokens, teacher, half, full in _pairs(rows["steps"])
+            },
         },
     }
 
 
-def _steps_claim(rows: list[dict[str, Any]], teacher: str, also: str) -> dict[str, Any]:
-    seconds = {row["member"]: row["seconds"] for row in rows if row["teacher"] == teacher}
-    ratios = [half / full for half, full in zip(seconds["0.5x"], seconds["1x"], strict=True)]
-    return {
-        "value": median(seconds["0.5x"]) / median(seconds["1x"]),
-        "spread": [min(ratios), max(ratios)],
-        "paper": None,
-        "seeds": [SEED],
-        "unit": "x of the full step",
-        "how": f"step of the 0.5x member over the parent's, {TOKENS} tokens: {also}loss, gradients and AdamW over the "
-        "whole parent in both; processor time of one thread",
-    }
+def _decoding(arms: dict[str, list[float]]) -> dict[str, Any]:
+    again = _written(_ratios(arms["extracted again"], arms["extracted"]))
+    return _claim(
+        _ratios(arms["member"], arms["extracted"]),
+        "x of the extracted checkpoint's speed",
+        f"tokens per second of a member on the parent's storage over those of its extracted checkpoint, median of "
+        f"{len(arms['member'])} rounds of {NEW} tokens; the checkpoint extracted a second time: {again}",
+    )
+
+
+def _claim(ratios: list[float], unit: str, how: str) -> dict[str, Any]:
+    spread = [min(ratios), max(ratios)]
+    return {"value": median(ratios), "spread": spread, "paper": None, "seeds": [SEED], "unit": unit, "how": how}
 
 
 def _commit() -> str:

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from nestling.cli import main
+from nestling.cost import cost_of_form
 from tests import checkpoint
 from tests.cli.workplace import FEW, JOB, TEXT, files
 from tests.data import toy
@@ -374,3 +376,13 @@ def test_the_folder_of_these_tests_is_sound(place, capsys):
     assert main(["prune", "m", "--to", "0.5x", "--out", "child", *FEW]) == 0
     assert {"child/config.json", "child/model.safetensors"} <= files(place)
     shutil.rmtree(place / "child")
+
+
+@pytest.mark.parametrize("words", [["search"], ["prune"], ["compress"], ["family"]])
+def test_a_latency_that_no_shape_keeps_leaves_no_folder(place, capsys, monkeypatch, words):
+    """Times are made up here: measuring is tested with the search."""
+    times = SimpleNamespace(milliseconds=lambda anatomy, form: 1 + cost_of_form(anatomy, form).params / 1e9)
+    monkeypatch.setattr("nestling.recipes.shapes.latency.table", lambda *arguments: times)
+    assert main([*words, "m", *FEW, "--to", "latency=0.5x", "--out", "out"]) == 2
+    assert "no shape of this model keeps latency=0.5x" in capsys.readouterr().err
+    assert not (place / "out").exists()

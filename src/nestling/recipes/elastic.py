@@ -85,7 +85,7 @@ def elastic_train(settings: ElasticTrain) -> dict[str, Any]:
     stages = Stages(4)
     with stages("rank every axis on calibration text"):
         ranking = run.stage("ranking.safetensors", lambda: _rank(source, settings), _save, Ranking.load)
-    with stages(f"train {len(names)} members and the parent together"):
+    with stages(f"train {len(names)} member{'s' if len(names) > 1 else ''} and the parent together"):
         if not run.has("family"):
             options: dict[str, Any] = {"ranking": ranking, "run_dir": run.folder, "latency": latency}
             family = train(source.model, names, settings.data, source.tokenizer, settings.train, **options)

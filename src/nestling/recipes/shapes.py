@@ -28,15 +28,17 @@ Target = Budget | Shape
 def checked(model: PreTrainedModel, settings: ShapeSettings, to: str | None, shape: str | None = None) -> Target:
     """What `--to` or `--shape` says. Raises a `NestlingError` if it is not possible, before any long work.
 
-    A latency is not measured here, so whether a shape keeps it is found out later.
+    Blocks are timed for a limit of latency, once all others are known to be possible.
     """
-    pricing = Pricing(Anatomy.of(model), settings.cost_context, settings.cost_batch)
+    pricing = _pricing(model, settings, timed=False)
     if shape is not None:
         given = Shape.parse(shape)
         pricing.cost(given)
         return given
-    budget = Budget.parse(to or "")
-    reachable(pricing, budget, tuple(listed(settings.axes)))
+    budget, axes = Budget.parse(to or ""), tuple(listed(settings.axes))
+    reachable(pricing, budget, axes)
+    if budget.timed:
+        reachable(_pricing(model, settings, timed=True), budget, axes)
     return budget
 
 
@@ -58,15 +60,7 @@ class Ground:
 
     def pricing(self, timed: bool) -> Pricing:
         """How shapes are priced; `timed` measures blocks on this machine, unless that was done before."""
-        settings, anatomy = self.settings, Anatomy.of(self.model)
-        table = measured(self.model, settings) if timed else None
-        return Pricing(
-            anatomy,
-            settings.cost_context,
-            settings.cost_batch,
-            self.ranking,
-            (lambda form: table.milliseconds(anatomy, form)) if table else None,
-        )
+        return _pricing(self.model, self.settings, timed, self.ranking)
 
     def candidates(self, target: Target) -> list[Candidate]:
         """Shapes for a budget, scored on a quarter of the calibration text and best first; a given one as it is."""
@@ -110,10 +104,15 @@ def _cuts(anatomy: Anatomy, space: Space) -> Iterator[Shape]:
 
 def parent_cost(model: PreTrainedModel, settings: ShapeSettings, timed: bool) -> Cost:
     """What a model costs whole, with its latency if that is asked for."""
+    return _pricing(model, settings, timed).cost({}, check_config=False)
+
+
+def _pricing(model: PreTrainedModel, settings: ShapeSettings, timed: bool, ranking: Ranking | None = None) -> Pricing:
+    """How shapes of a model are priced, with their latency if that is asked for."""
     anatomy = Anatomy.of(model)
     table = measured(model, settings) if timed else None
     time = (lambda form: table.milliseconds(anatomy, form)) if table else None
-    return Pricing(anatomy, settings.cost_context, settings.cost_batch, latency=time).cost({}, check_config=False)
+    return Pricing(anatomy, settings.cost_context, settings.cost_batch, ranking, time)
 
 
 def measured(model: PreTrainedModel, settings: ShapeSettings) -> latency.Table:
