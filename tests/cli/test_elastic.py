@@ -60,6 +60,17 @@ def test_a_latency_is_met_with_times_of_this_machine(place, capsys, monkeypatch)
     assert summary["members"]["latency=0.7x"]["of_parent"] < 0.75
 
 
+def test_a_teacher_is_kept_and_taken_again(place, capsys):
+    nothing = ["--evaluation_tokens", "0", "--compare", "0", "--train.steps", "2", "--train.batch_size", "2"]
+    kept = ["--to", "0.5x", "--train.top_k", "8", "--teacher_cache", "kept"]
+    first = run(capsys, *TRAIN, *nothing, *QUICK, *kept)
+    shards = {path: path.stat().st_mtime_ns for path in (place / "kept").iterdir()}
+    assert shards
+    second = run(capsys, *TRAIN, *nothing, *QUICK, *kept, "--overwrite")
+    assert {path: path.stat().st_mtime_ns for path in (place / "kept").iterdir()} == shards
+    assert second["members"] == first["members"]
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -68,6 +79,7 @@ def test_a_latency_is_met_with_times_of_this_machine(place, capsys, monkeypatch)
         (["elastic", "train", "m", *TEXT, "--to", "0.5x", "0.5x"], "give each budget once"),
         (["elastic", "train", "m", *TEXT, "--train.per_layer", "width"], "'width' is not an axis"),
         (["elastic", "train", "m", *TEXT, "--train.weights", "[1.0]"], "do not fit the parent and 2 budgets"),
+        (["elastic", "train", "m", *TEXT, "--teacher_cache", "kept"], "say how many with train.top_k"),
         (["elastic", "train", "m", *TEXT, "--train.masks", "odd"], "masks 'odd' is not known"),
         (["elastic", "extract", "m", "0.5x", "out"], "holds no family"),
         (["elastic", "fly"], "elastic"),

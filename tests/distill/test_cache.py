@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from nestling.distill import Cache, DistillSettings, distill, teacher_cache
-from nestling.distill import cache as module
 from nestling.errors import CheckpointError, NestlingError
+from nestling.train import kept as module
 from tests.models import VOCAB, tiny, token_batches
 
 

@@ -46,6 +46,27 @@ def weights(family):
     return {name: parameter.detach().clone() for name, parameter in family.parent.named_parameters()}
 
 
+def test_what_a_cache_kept_of_the_teacher_teaches_as_it_does_itself(tmp_path):
+    """Rounded to float16; fewer tokens teach something else."""
+
+    def moved(cache=None, **overrides):
+        family = trained(**({"probe_tokens": 0, "top_k": 6} | overrides), **({"cache": cache} if cache else {}))
+        return torch.cat([value.flatten() for value in weights(family).values()])
+
+    start, live = moved(learning_rate=1e-12, router_learning_rate=1e-12), moved()
+    first, second = (moved(tmp_path / "cache") for _ in range(2))
+    assert torch.equal(first, second)
+    assert (first - live).norm() <= 2e-2 * (live - start).norm()
+    assert (moved(top_k=2) - live).norm() > 5e-2 * (live - start).norm()
+
+
+@pytest.mark.parametrize("wrong", [{"top_k": 0}, {"teacher": "none"}, {"long_context": 22, "long_tokens": 88}])
+def test_a_cache_is_refused_that_cannot_serve(tmp_path, wrong):
+    with pytest.raises(NestlingError, match="a teacher cache keeps the likeliest tokens of a frozen teacher"):
+        trained(**({"top_k": 6} | wrong), cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
 @pytest.fixture(scope="module")
 def whole():
     torch.set_num_threads(1)

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from nestling import hub, processes
-from nestling.distill.cache import Cache, teacher_cache
+from nestling.distill.cache import teacher_cache
 from nestling.distill.correct import FOLDER, Together, corrected, leave
 from nestling.distill.pair import Pair
 from nestling.distill.settings import DistillSettings
@@ -43,7 +43,8 @@ def distill(
     set_seed(settings.seed)
     text = data if isinstance(data, (str, Path)) else None
     if cache is not None:
-        data = _cached(student, teacher, data, tokenizer, settings, cache)
+        vocab = student.get_output_embeddings().weight.shape[0]
+        data = teacher_cache(teacher, data, tokenizer, settings, cache, vocab)
         teacher = None
     with held(run_dir):
         if settings.correction == "first" and teacher is not None:
@@ -68,22 +69,6 @@ def _pair(student: PreTrainedModel, teacher: PreTrainedModel | None, settings: D
     if settings.correction == "together" and teacher is not None:
         return Together(student, teacher, *how, rate=settings.correct_rate)
     return Pair(student, teacher, *how)
-
-
-def _cached(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
-    data: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    settings: DistillSettings,
-    folder: str | Path,
-) -> Cache:
-    """The cache, which the first of several processes computes."""
-    vocab = student.get_output_embeddings().weight.shape[0]
-    processes.first(lambda: len(teacher_cache(teacher, data, tokenizer, settings, folder, vocab)))
-    found = Cache.open(folder)
-    assert found is not None
-    return found
 
 
 def _leave(pair: Pair, settings: DistillSettings, run_dir: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:

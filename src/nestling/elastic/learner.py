@@ -37,6 +37,7 @@ from nestling.train import (
     LogitLosses,
     Objective,
     Student,
+    TopK,
     model_inputs,
     recompute,
     recomputes,
@@ -56,12 +57,15 @@ class Plan:
 
 @dataclass
 class _Step:
-    """One micro-batch: what backbones are called with, targets, what sums are divided by, the teacher's states."""
+    """One micro-batch: what backbones are called with, targets, what sums are divided by, what the teacher says.
+
+    taught: its last hidden states, or what was kept of its distributions.
+    """
 
     inputs: dict[str, Any]
     labels: Tensor
     count: Tensor | float | None
-    taught: Tensor | None = None
+    taught: Tensor | TopK | None = None
 
 
 class ElasticLearner(Learner):
@@ -171,8 +175,14 @@ class ElasticLearner(Learner):
         labels: Tensor,
         attention_mask: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
+        teacher_indices: Tensor | None = None,
+        teacher_log_probs: Tensor | None = None,
+        teacher_rest: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The loss, and each member's own by name; see `Learner.forward`."""
+        """The loss, and each member's own by name; see `Learner.forward`.
+
+        teacher_...: what a cache kept of the teacher (`TopK`) `[batch, seq, k]`, instead of running it.
+        """
         inputs = model_inputs(input_ids, attention_mask)
         step = _Step(inputs, labels, num_items_in_batch)
         self._used = set()
@@ -180,6 +190,8 @@ class ElasticLearner(Learner):
         if self.settings.teacher == "trainable":
             step.taught, guard, parts[f"ce {WHOLE}"] = self._teach_itself(step)
             losses.append(guard)
+        elif teacher_indices is not None and teacher_log_probs is not None and teacher_rest is not None:
+            step.taught = TopK(teacher_indices, teacher_log_probs, teacher_rest)
         elif self.teacher is not None:
             step.taught = self.teach(inputs)
         if self.settled:

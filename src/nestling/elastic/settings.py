@@ -38,6 +38,7 @@ class ElasticSettings(TrainSettings):
         teacher: Who teaches the members: a frozen copy of the parent, the trainable parent, or none (cross-entropy).
         loss: Divergence of the member's from the teacher's distribution: forward_kl or reverse_kl.
         temperature: Of both softmaxes in that divergence.
+        top_k: Compare the teacher's k likeliest tokens only, as a teacher cache keeps them; 0 compares all.
         ce_weight: Weight of the cross-entropy that guards a trainable teacher.
         members_per_step: Members (the parent is one) that learn from each batch, drawn by weight; 0 for all of them.
         weights: Weight of the parent, then of each budget as given; equal unless given.
@@ -61,6 +62,7 @@ class ElasticSettings(TrainSettings):
     teacher: str = "frozen"
     loss: str = "forward_kl"
     temperature: float = 1.0
+    top_k: int = 0
     ce_weight: float = 1.0
     members_per_step: int = 0
     weights: list[float] = field(default_factory=list)
@@ -91,7 +93,7 @@ class ElasticSettings(TrainSettings):
         """What is asked of a member's logits. Raises `NestlingError` for a value that is not possible."""
         if self.teacher == "none":
             return Objective(kd_weight=0.0, ce_weight=1.0)
-        return Objective(self.loss, self.temperature, kd_weight=1.0, ce_weight=0.0)
+        return Objective(self.loss, self.temperature, kd_weight=1.0, ce_weight=0.0, top_k=self.top_k)
 
     def schedule(self) -> Schedule:
         return Schedule((self.tau_start, self.tau_end), (1.0, self.scale_end))

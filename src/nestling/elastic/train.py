@@ -29,11 +29,12 @@ from nestling.elastic.settings import ElasticSettings, listed
 from nestling.elastic.space import FLOORS, Space
 from nestling.elastic.target import Target
 from nestling.elastic.timed import Latency
-from nestling.errors import TargetError, UnsupportedArchitecture
+from nestling.errors import NestlingError, TargetError, UnsupportedArchitecture
 from nestling.ranking import Ranking, rank
 from nestling.shape import Shape
 from nestling.surgery import reorder
 from nestling.train import fit
+from nestling.train.kept import Cache, kept_teacher
 
 CALIBRATION_TOKENS = 8192
 
@@ -50,6 +51,7 @@ def train(
     latency: Latency | None = None,
     run_dir: str | Path | None = None,
     resume: bool = True,
+    cache: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
     **overrides: Any,
 ) -> Family:
@@ -59,19 +61,22 @@ def train(
         `{"input_ids": [batch, seq]}`.
     ranking: of the model's units; made on the data unless given. shapes: the members' shapes by budget, to train
         without a router. latency: milliseconds of a form, for budgets of it; see `nestling.search.latency.table`.
-    run_dir: for metrics and checkpoints. progress: told the tokens ranked.
+    run_dir: for metrics and checkpoints. cache: folder in which the likeliest tokens (`top_k` of them) of the model as
+        it is now are kept, computed if they are not there; no copy of it is held as teacher then.
+    progress: told the tokens ranked.
     overrides: single settings, such as `per_layer="intermediate_size"`.
     Raises `TargetError`, before any long work, for a budget that no member can keep within 1 %, and what `fit` raises.
     """
     settings = dataclasses.replace(settings or ElasticSettings(), **overrides)
     anatomy = Anatomy.of(model)
-    check(anatomy, budgets, settings, latency)
+    check(anatomy, budgets, settings, latency, cache)
     if not isinstance(data, (str, Path, datasets.Dataset)):
         data = data if isinstance(data, Sequence) else list(data)
     if ranking is None:
         text = _calibration(model, data, tokenizer, settings, CALIBRATION_TOKENS)
         ranking = rank(model, text, layers="kl", progress=progress)
-    teacher = copy.deepcopy(model) if settings.teacher == "frozen" else None
+    teacher = copy.deepcopy(model) if settings.teacher == "frozen" and cache is None else None
+    rows = data if cache is None else _kept(model, data, tokenizer, settings, cache)
     order = importance(anatomy, reorder(model, ranking))
     plan = make_plan(anatomy, order, budgets, settings, latency)
     fixed = None if shapes is None else [plan.space.sizes_of(shapes[budget]) for budget in budgets]
@@ -79,7 +84,8 @@ def train(
     known = probed_once(model, plan.space, probes, settings, Path(run_dir) if run_dir else None, resume)
     losses = [known] * len(budgets) if probes else None
     learner = ElasticLearner(model, teacher, plan, settings, fixed, losses, probes)
-    fit(learner, data, tokenizer, settings, run_dir and Path(run_dir), resume)
+    named = data if isinstance(data, (str, Path)) else None
+    fit(learner, rows, tokenizer, settings, run_dir and Path(run_dir), resume, text=named)
     if not learner.settled:
         learner.settle()
     if settings.long_context:
@@ -87,11 +93,22 @@ def train(
     return family_of(learner, settings, tokenizer)
 
 
-def check(anatomy: Anatomy, budgets: Sequence[str], settings: ElasticSettings, latency: Latency | None = None) -> None:
+def check(
+    anatomy: Anatomy,
+    budgets: Sequence[str],
+    settings: ElasticSettings,
+    latency: Latency | None = None,
+    cache: str | Path | None = None,
+) -> None:
     """Raises `TargetError` or `ShapeError` for budgets, axes or weights that cannot be had, before any work.
 
-    `UnsupportedArchitecture` where layers share tensors.
+    `UnsupportedArchitecture` where layers share tensors, `NestlingError` for what a teacher cache cannot serve.
     """
+    if cache is not None and (settings.teacher != "frozen" or settings.long_context or not settings.top_k):
+        raise NestlingError(
+            "a teacher cache keeps the likeliest tokens of a frozen teacher, for rows of one length: say how many with "
+            "train.top_k, such as 64, leave train.teacher frozen, and have no second stage"
+        )
     if not budgets or len(set(budgets)) < len(budgets):
         raise TargetError(f"the budgets {', '.join(budgets) or '(none)'} are not a list: give each budget once")
     if anatomy.sharing.sets:
@@ -141,6 +158,12 @@ def family_of(learner: ElasticLearner, settings: ElasticSettings, tokenizer: Any
     }
     parent = learner.student.requires_grad_(False).eval()
     return Family(parent, entries, space.rank.argsort().tolist(), info, tokenizer)
+
+
+def _kept(model: PreTrainedModel, data: Any, tokenizer: Any, settings: ElasticSettings, folder: str | Path) -> Cache:
+    """What the model says about the rows it will be trained on."""
+    vocab = model.get_output_embeddings().weight.shape[0]
+    return kept_teacher(model, data, tokenizer, settings, settings.objective(), folder, vocab)
 
 
 def _second_stage(

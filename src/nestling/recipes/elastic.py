@@ -56,6 +56,8 @@ class ElasticTrain(CalibrationSettings):
         compare: Random shapes that the learned ones are compared with before any training, beside uniform scaling and
             what `search` finds; 0 for none of them.
         latency_context: Tokens in the cache before the one whose latency is measured, for budgets of it.
+        teacher_cache: Folder in which the likeliest tokens of MODEL (train.top_k of them) are kept, for any number of
+            families and students of it; computed if they are not there.
         overwrite: Start anew even if the run folder holds a run.
     """
 
@@ -67,6 +69,7 @@ class ElasticTrain(CalibrationSettings):
     evaluation_tokens: int = 8192
     compare: int = 2
     latency_context: int = 512
+    teacher_cache: str | None = None
     overwrite: bool = False
 
 
@@ -78,7 +81,7 @@ def elastic_train(settings: ElasticTrain) -> dict[str, Any]:
     names = budgets(settings.to)
     source = Source.open(replace(settings, device=settings.device or "cpu") if settings.train.fsdp else settings)
     latency = _latency(source, names, settings)
-    check(Anatomy.of(source.model), names, settings.train, latency)
+    check(Anatomy.of(source.model), names, settings.train, latency, settings.teacher_cache)
     batches(settings.data, source.tokenizer, context=settings.train.context, tokens=settings.train.context)
     split_batch(settings.train, settings.train.context, source.model.device)
     run = Run("elastic train", settings, settings.out, settings.overwrite)
@@ -88,6 +91,7 @@ def elastic_train(settings: ElasticTrain) -> dict[str, Any]:
     with stages(f"train {len(names)} member{'s' if len(names) > 1 else ''} and the parent together"):
         if not run.has("family"):
             options: dict[str, Any] = {"ranking": ranking, "run_dir": run.folder, "latency": latency}
+            options["cache"] = settings.teacher_cache
             family = train(source.model, names, settings.data, source.tokenizer, settings.train, **options)
             processes.first(lambda: str(family.save(run.path("family"))))
         family = Family.load(run.path("family"), device=source.model.device)
