@@ -29,10 +29,13 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache, set_seed
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from nestling import dmc
 from nestling.anatomy import cache_name
 from nestling.dmc.runtime import kernel
+from nestling.dmc.runtime.gates import Gates
+from nestling.dmc.runtime.heads import Heads, Text
 from nestling.dmc.runtime.slots import SlotLayer
 
 RESULT = Path(__file__).parents[1] / "results/dmc/speed.json"
@@ -67,11 +70,12 @@ def main() -> None:
 
 @torch.no_grad()
 def attention(rounds: int, clock: Clock) -> list[dict[str, Any]]:
-    """One query over the layers' caches, in ms per token: full SDPA, and the compiled loops at each ratio."""
+    """One token over the layers' caches, in ms: full SDPA, and a step of the compiled loops at each ratio."""
     set_seed(SEED)
     heads, dim, context, layers = ATTENTION.values()
-    query, key = torch.randn(1, heads, 1, dim), torch.randn(1, heads, dim)
-    real = torch.ones(1, dtype=torch.bool)
+    query, real = torch.randn(1, heads, 1, dim), torch.ones(1, 1, dtype=torch.bool)
+    angles = torch.randn(1, 1, dim)
+    token = Heads(query.unsqueeze(2), query, query, apply_rotary_pos_emb, dim**-0.5, (angles, angles))
     full = [(torch.randn(1, heads, context, dim), torch.randn(1, heads, context, dim)) for _ in range(layers)]
     arms: dict[str, Callable[[], Any]] = {
         "sdpa": lambda: [scaled_dot_product_attention(query, keys, values) for keys, values in full]
@@ -79,7 +83,7 @@ def attention(rounds: int, clock: Clock) -> list[dict[str, Any]]:
     for ratio in RATIOS:
         filled = [slots(1, heads, dim, context, ratio) for _ in range(layers)]
         arms[f"loops {ratio}x"] = lambda filled=filled: [
-            kernel.attend(query.clone(), (key.clone(), key), real, layer, 0.0, dim**-0.5) for layer in filled
+            kernel.step(token, Gates(keep=0.0), Text(real, ~real), layer) for layer in filled
         ]
     return _rows("attention", context, 1, interleaved(arms, rounds, clock))
 

@@ -3,15 +3,14 @@
 import pytest
 import torch
 
-from nestling.dmc.runtime import attend, ragged
-from nestling.dmc.runtime.plain import PLAIN
-from nestling.dmc.runtime.ragged import FLEX, PACKED, pages_of, step_for
+from nestling.dmc.runtime import attend, plain, ragged
+from nestling.dmc.runtime.ragged import attention_for, flex, packed, pages_of
 from nestling.dmc.runtime.slots import PAGE
 from tests.dmc.reference import all_text, random_heads
 from tests.dmc.test_attend import GATES, filled, in_pieces, real
 
 LENGTHS = torch.tensor([[1, PAGE, 5], [PAGE + 1, 3 * PAGE + 7, 2 * PAGE], [2, 1, 40]])
-STEPS = {"flex": FLEX, "packed": PACKED}
+KERNELS = {"flex": flex, "packed": packed}
 
 
 def one_by_one(query, keys, values, starts, ends, longest, most, scaling):
@@ -33,23 +32,15 @@ def stand_in(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", KERNELS)
 def test_heads_of_any_length(name):
     torch.manual_seed(0)
     slots = filled(LENGTHS, 8, torch.float64)
-    query, present = torch.randn(3, 3, 2, 8, dtype=torch.float64), torch.tensor([True, True, False])
-    top = torch.randn(3, 3, 8, dtype=torch.float64), torch.randn(3, 3, 8, dtype=torch.float64)
-    before, pools = slots.keys.clone(), []
-    found = []
-    for step in (STEPS[name], PLAIN):
-        slots.keys = before.clone()
-        found.append(step.attend(query.clone(), top, present, slots, 0.0, 0.4))
-        pools.append(slots.keys)
-    torch.testing.assert_close(*found, atol=1e-12, rtol=0)
-    torch.testing.assert_close(*pools, atol=0, rtol=0)
+    query = torch.randn(3, 3, 2, 8, dtype=torch.float64)
+    found = KERNELS[name](query, slots, 0.4)
+    torch.testing.assert_close(found, plain.attend(query, slots, 0.4), atol=1e-12, rtol=0)
     slots.table[1, 1, 0], slots.table[1, 2, 0] = slots.table[1, 2, 0].clone(), slots.table[1, 1, 0].clone()
-    other = STEPS[name].attend(query.clone(), top, present, slots, 0.0, 0.4)
-    changed = (other - found[0]).abs().amax((2, 3)) > 1e-6
+    changed = (KERNELS[name](query, slots, 0.4) - found).abs().amax((2, 3)) > 1e-6
     assert changed.nonzero().tolist() == [[1, 1], [1, 2]]  # pages of two heads changed places
 
 
@@ -71,7 +62,7 @@ def test_decoding(monkeypatch):
     text, cuts = all_text(heads, pads=(0, 2)), [0, PAGE, PAGE + 1, PAGE + 2, PAGE + 3]
     theirs, _ = in_pieces(heads, GATES, text, cuts)
     monkeypatch.setattr(attend, "usable", lambda *tensors: False)
-    monkeypatch.setattr(attend, "step_for", lambda pool: PACKED)
+    monkeypatch.setattr(attend, "attention_for", lambda pool: packed)
     mine, _ = in_pieces(heads, GATES, text, cuts)
     torch.testing.assert_close(real(mine, text), real(theirs, text), atol=1e-12, rtol=0)
 
@@ -81,10 +72,10 @@ def test_what_serves_which_device(monkeypatch):
         def __init__(self, device, dtype, dim):
             self.device, self.dtype, self.shape = torch.device(device), dtype, (1, PAGE, dim)
 
-    assert step_for(Pool("cpu", torch.float32, 64)) is PLAIN
-    assert step_for(Pool("mps", torch.float16, 64)) is PLAIN
-    assert step_for(Pool("cuda", torch.bfloat16, 64)) is PACKED
-    assert step_for(Pool("cuda", torch.float32, 64)) is FLEX
-    assert step_for(Pool("cuda", torch.float16, 36)) is FLEX
+    assert attention_for(Pool("cpu", torch.float32, 64)) is plain.attend
+    assert attention_for(Pool("mps", torch.float16, 64)) is plain.attend
+    assert attention_for(Pool("cuda", torch.bfloat16, 64)) is packed
+    assert attention_for(Pool("cuda", torch.float32, 64)) is flex
+    assert attention_for(Pool("cuda", torch.float16, 36)) is flex
     monkeypatch.setattr(ragged, "varlen", lambda: None)
-    assert step_for(Pool("cuda", torch.bfloat16, 64)) is FLEX
+    assert attention_for(Pool("cuda", torch.bfloat16, 64)) is flex

@@ -21,9 +21,11 @@ from .drop import executed
 from .drop import prefill as prefill_dropping
 from .gates import Gates, forced, logits, relaxed, wide
 from .heads import Decisions, Heads, Text
-from .kernel import COMPILED, usable
+from .kernel import step as compiled_step
+from .kernel import usable
+from .plain import step as plain_step
 from .pool import running_sums
-from .ragged import step_for
+from .ragged import attention_for
 from .slots import SlotLayer
 
 QUERIES = 256  # of a prefill at once
@@ -173,20 +175,12 @@ def _store(
 
 def decode(heads: Heads, gates: Gates, text: Text, slots: SlotLayer) -> Tensor:
     """One token per sequence, by compiled loops or, where they do not serve, by what there is for the device."""
-    token = (heads.query[..., 0, :], heads.key[:, :, 0], heads.value[:, :, 0])
-    step = COMPILED if usable(heads.key, slots.keys) else step_for(slots.keys)
-    take = step.absorb if gates.method == "dmc" else step.admit
-    real, keep = text.valid[:, 0], gates.keep
-    if step.turns and heads.turn is not None:
-        query, key, value = take(*token, slots, (real, text.ends[:, 0]), gates, heads.turn)
-        keep = 1.0
+    if heads.turn is not None and usable(heads.key, slots.keys):
+        out = compiled_step(heads, gates, text, slots)
     else:
-        query, key, value = take(*token, slots, (real, text.ends[:, 0]), gates)
-        flat, key = heads.rotate(query.flatten(1, 2).unsqueeze(2), key.unsqueeze(2))
-        query, key = flat.reshape(query.shape), key[:, :, 0]
-    out = step.attend(query, (key, value), real, slots, keep, heads.scaling).to(heads.query.dtype)
+        out = plain_step(heads, gates, text, slots, attention_for(slots.keys))
     slots.tokens += 1
-    return out.unsqueeze(3)
+    return out.to(heads.query.dtype)
 
 
 # ---- shared

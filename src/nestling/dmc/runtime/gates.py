@@ -44,7 +44,8 @@ class Gates:
     @classmethod
     def of(cls, config: Any) -> Gates:
         """The gates that a model's config describes."""
-        return cls(**{name: config.dmc[name] for name in cls.__dataclass_fields__ if name in config.dmc})
+        fields = config.dmc
+        return cls(**{name: fields[name] for name in cls.__dataclass_fields__ if name in fields})
 
     @property
     def active(self) -> bool:

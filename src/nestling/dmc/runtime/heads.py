@@ -40,7 +40,8 @@ class Heads:
     """Queries `[batch, heads, group, seq, dim]`, keys and values `[batch, heads, seq, dim]`, not rotated.
 
     rotate: (queries `[batch, any, seq, dim]`, keys) -> the same at their positions. turn: cosines and sines of that
-    `[batch or 1, seq, channels]`, if it is known to rotate channels i and i + half of the first `channels` ones.
+    `[batch or 1, seq, channels]`, if it is known to rotate channels i and i + half of the first `channels` ones (none
+    where nothing is rotated).
     """
 
     query: Tensor

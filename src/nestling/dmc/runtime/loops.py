@@ -1,16 +1,17 @@
 """The loops of attention over slots and of the recurrence of `pool`, compiled by numba where that is installed.
 
 One query over a cache is bound by memory: every key and value row is read once for all query heads of its group, and
-four pages at once, as one stream of reads alone leaves half of the memory's speed unused. Work is cut into pieces of a
-head's slots. Threads draw numbers for the next piece, so neither a long head nor a busy core keeps the others waiting;
-who finishes the last piece of a head merges what its pieces found by their log-sum-exp. Rows in half precision are
-widened as they are read.
+row after row of a page, since several streams of reads at once are slower than one. What is computed meanwhile has to
+keep up, so exponentials are a polynomial (a call for each would not be vectorized), and a 0 is one of the
+numbers' own type (a plain one would make sums double). Work is cut into pieces of a head's slots. Threads draw numbers
+for the next piece, so neither a long head nor a busy core keeps the others waiting; who finishes the last piece of a
+head merges what its pieces found by their log-sum-exp. Rows in half precision are widened as they are read.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -24,9 +25,82 @@ OPTIONS: dict[str, Any] = {
     "fastmath": {"reassoc", "contract", "arcp", "nsz", "afn"},
 }
 STORED = {"float32": np.float32, "float64": np.float64, "bfloat16": np.uint16, "float16": np.int16}  # how rows are read
+POWERS = tuple(math.log(2) ** n / math.factorial(n) for n in reversed(range(14)))  # of 2 ** x, highest first
 carray: Any = numba.carray
 compiled: Any = numba.njit(**OPTIONS)
 machine: Any = extending.intrinsic
+
+
+class Places(NamedTuple):
+    """What a step is told: the addresses of these, in this order.
+
+    sizes: batch, heads, group, dim, pages, rows of a page, columns of the table, pieces of a head, channels that are
+    rotated, rotations (1 or batch), newest tokens that stay, whether decisions are shared. factors: scale, offset and
+    keep of gates, and what scores are multiplied by, in float64. missing: room to say which pages and columns are
+    missing `[2]`; nothing is done then. query: `[batch, heads, group, dim]`. key, value: `[batch, heads, dim]`. cos,
+    sin: `[rotations, channels]`. valid, ends: real tokens and separators `[batch]`. From keys to seen: those of the
+    cache. Room: turned, as query; found, what pieces find `[rows, pieces, group, dim + 2]`, where a row is a head of a
+    sequence; counters `[rows + 1]`. out: the result, as query.
+    """
+
+    sizes: Any
+    factors: Any
+    missing: Any
+    query: Any
+    key: Any
+    value: Any
+    cos: Any
+    sin: Any
+    valid: Any
+    ends: Any
+    keys: Any
+    values: Any
+    table: Any
+    used: Any
+    sums: Any
+    length: Any
+    ended: Any
+    recent: Any
+    seen: Any
+    turned: Any
+    found: Any
+    counters: Any
+    out: Any
+
+
+AT = Places(*range(len(Places._fields)))
+
+
+def step_function(body: Any) -> Any:
+    """A C function of a pointer to those addresses."""
+    return numba.cfunc(types.void(types.CPointer(types.voidptr)), **OPTIONS)(body)
+
+
+def kinds(dtype: str) -> tuple[Any, Any]:
+    """How numbers of the pools are read, and in what is computed with them."""
+    stored = STORED[dtype]
+    return stored, np.float64 if stored is np.float64 else np.float32
+
+
+def attends(dtype: str) -> Any:
+    """The loop over all heads, which any number of threads may run at once. dtype: of the pools."""
+    stored, kind = kinds(dtype)
+
+    def body(at):
+        batch, heads, group, dim, pages, page, columns, pieces, _, _, _, _ = carray(at[AT.sizes], (12,), np.int64)
+        rows = batch * heads
+        _attend(
+            carray(at[AT.turned], (rows, group, dim), kind),
+            carray(at[AT.table], (rows, columns), np.int64),
+            carray(at[AT.length], (rows,), np.int64),
+            carray(at[AT.keys], (pages, page, dim), stored),
+            carray(at[AT.values], (pages, page, dim), stored),
+            carray(at[AT.found], (rows, pieces, group, dim + 2), kind),
+            carray(at[AT.counters], (rows + 1,), np.int64),
+            carray(at[AT.out], (rows, group, dim), kind),
+        )
+
+    return step_function(body)
 
 
 @compiled
@@ -41,6 +115,110 @@ def recurrence(alpha, terms, start, sums):
             last = sums[row, t]
 
 
+# ---- attention
+
+
+@compiled
+def _attend(query, table, length, keys, values, found, counters, out):
+    """What one thread does. counters: pieces finished of each head, and drawn of all."""
+    rows, pieces, group, _ = found.shape
+    scores = np.empty((group, PIECE), query.dtype)
+    while True:
+        item = _draw(counters, rows)
+        if item >= rows * pieces:
+            break
+        row, piece = item // pieces, item % pieces
+        begin, end = piece * PIECE, min((piece + 1) * PIECE, length[row])
+        if begin >= end:
+            continue
+        _score(query[row], keys, table[row], begin, end, scores)
+        for g in range(group):
+            _soften(scores[g, : end - begin], found[row, piece, g])
+        _gather(scores, values, table[row], begin, end, found[row, piece])
+        held = -(-length[row] // PIECE)
+        if _draw(counters, row) == held - 1:
+            _merge(found[row, :held], out[row])
+
+
+@compiled
+def _score(query, keys, table, begin, end, scores):
+    (group, dim), page, kind = query.shape, keys.shape[1], query.dtype.type
+    for start in range(begin, end, page):
+        rows = keys[table[start // page]]
+        for i in range(min(page, end - start)):
+            for g in range(group):
+                total = kind(0)
+                for c in range(dim):
+                    total += query[g, c] * _wide(rows[i, c])
+                scores[g, start - begin + i] = total
+
+
+@compiled
+def _soften(scores, found):
+    """Scores become weights; the weights' sum and the highest score stand behind where the weighted values will be."""
+    dim, kind = len(found) - 2, scores.dtype.type
+    highest, total = scores[0], kind(0)
+    for i in range(len(scores)):
+        highest = max(highest, scores[i])
+    for i in range(len(scores)):
+        scores[i] = _power(scores[i] - highest)
+        total += scores[i]
+    for c in range(dim):
+        found[c] = 0
+    found[dim], found[dim + 1] = total, highest
+
+
+@compiled
+def _gather(weights, values, table, begin, end, found):
+    (group, dim), page = (found.shape[0], values.shape[2]), values.shape[1]
+    for start in range(begin, end, page):
+        rows, at, count = values[table[start // page]], start - begin, min(page, end - start)
+        fours = count // 4 * 4
+        for i in range(0, fours, 4):
+            for g in range(group):
+                w, x, y, z = weights[g, at + i], weights[g, at + i + 1], weights[g, at + i + 2], weights[g, at + i + 3]
+                for c in range(dim):
+                    near = w * _wide(rows[i, c]) + x * _wide(rows[i + 1, c])
+                    found[g, c] += near + (y * _wide(rows[i + 2, c]) + z * _wide(rows[i + 3, c]))
+        for i in range(fours, count):
+            for g in range(group):
+                for c in range(dim):
+                    found[g, c] += weights[g, at + i] * _wide(rows[i, c])
+
+
+@compiled
+def _merge(found, out):
+    (group, dim), kind = out.shape, out.dtype.type
+    for g in range(group):
+        highest, total = found[0, g, dim + 1], kind(0)
+        for i in range(len(found)):
+            highest = max(highest, found[i, g, dim + 1])
+        for c in range(dim):
+            out[g, c] = 0
+        for i in range(len(found)):
+            factor = _power(found[i, g, dim + 1] - highest)
+            total += factor * found[i, g, dim]
+            for c in range(dim):
+                out[g, c] += factor * found[i, g, c]
+        for c in range(dim):
+            out[g, c] /= total
+
+
+@compiled
+def _power(x):
+    """2 ** x for x up to 0, and 2 ** -126 for less than that."""
+    kind = type(x)
+    x = max(x, kind(-126))
+    whole = np.floor(x + kind(0.5))
+    rest, total = x - whole, kind(0)
+    for factor in POWERS:
+        total = total * rest + kind(factor)
+    return _shifted(total, whole)
+
+
+# ---- what numba has no words for
+
+
 @machine
 def _draw(typingctx, counters, place):
     """The number that a counter holds, which then holds the next, whoever else draws."""
@@ -51,6 +229,20 @@ def _draw(typingctx, counters, place):
         return builder.atomic_rmw("add", at, context.get_constant(types.int64, 1), "acq_rel")
 
     return types.int64(counters, place), codegen
+
+
+@machine
+def _shifted(typingctx, number, power):
+    """number * 2 ** power, where power is whole and above -127."""
+
+    def codegen(context, builder, signature, arguments):
+        integer, bias, bits = (types.int32, 127, 23) if number == types.float32 else (types.int64, 1023, 52)
+        exponent = builder.fptosi(arguments[1], context.get_value_type(integer))
+        exponent = builder.add(exponent, context.get_constant(integer, bias))
+        exponent = builder.shl(exponent, context.get_constant(integer, bits))
+        return builder.fmul(arguments[0], builder.bitcast(exponent, context.get_value_type(number)))
+
+    return number(number, number), codegen
 
 
 @machine
@@ -76,152 +268,27 @@ def _wide(typingctx, number):
     return (number if isinstance(number, types.Float) else single)(number), codegen
 
 
-@compiled
-def _attend(query, key, value, real, table, length, keys, values, found, counters, out, keep, scaling):
-    """What one thread does: see `attends`. counters: pieces drawn of all, and finished of each head."""
-    (rows, pieces), (group, dim), page = found.shape[:2], query.shape[1:], keys.shape[1]
-    scores, mine = np.empty((group, PIECE), query.dtype), np.empty((group, dim), query.dtype)
-    while True:
-        item = _draw(counters, rows)
-        if item >= rows * pieces:
-            break
-        row, piece = item // pieces, item % pieces
-        begin, end = piece * PIECE, min((piece + 1) * PIECE, length[row])
-        if begin >= end:
-            continue
-        for g in range(group):
-            for c in range(dim):
-                mine[g, c] = query[row, g, c] * (keep if c == dim - 1 else 1)
-        if end == length[row] and real[row * len(real) // rows]:  # only this piece reads the newest slot
-            last = end - 1
-            for c in range(dim):
-                keys[table[row, last // page], last % page, c] = key[row, c]
-                values[table[row, last // page], last % page, c] = value[row, c]
-        _score(mine, keys, table[row], begin, end, scaling, scores)
-        for g in range(group):
-            _soften(scores[g], end - begin, found[row, piece, g])
-        _gather(scores, values, table[row], begin, end, found[row, piece])
-        held = -(-length[row] // PIECE)
-        if _draw(counters, row) == held - 1:
-            _merge(found[row, :held], out[row])
+@machine
+def narrow(typingctx, number, like):
+    """A number as one of the kind of `like` is stored: as it is, or rounded, the reverse of `_wide`."""
 
+    def codegen(context, builder, signature, arguments):
+        if isinstance(like, types.Float):
+            return arguments[0]
 
-@compiled
-def _score(query, keys, table, begin, end, scaling, scores):
-    page, group, dim = keys.shape[1], query.shape[0], query.shape[1]
-    fours = begin + (end - begin) // (4 * page) * (4 * page)
-    for start in range(begin, fours, 4 * page):
-        p = start // page
-        a, b, c, d = keys[table[p]], keys[table[p + 1]], keys[table[p + 2]], keys[table[p + 3]]
-        for g in range(group):
-            at = start - begin
-            for i in range(page):
-                w = x = y = z = query[g, 0] * 0
-                for k in range(dim):
-                    q = query[g, k]
-                    w += q * _wide(a[i, k])
-                    x += q * _wide(b[i, k])
-                    y += q * _wide(c[i, k])
-                    z += q * _wide(d[i, k])
-                scores[g, at + i], scores[g, at + page + i] = w * scaling, x * scaling
-                scores[g, at + 2 * page + i], scores[g, at + 3 * page + i] = y * scaling, z * scaling
-    for slot in range(fours, end):
-        line = keys[table[slot // page], slot % page]
-        for g in range(group):
-            total = query[g, 0] * 0
-            for k in range(dim):
-                total += query[g, k] * _wide(line[k])
-            scores[g, slot - begin] = total * scaling
+        def constant(value: int) -> Any:
+            return context.get_constant(types.int32, value)
 
+        scale, shift, infinity, none = (2.0**-112, 13, 0x7C00, 0x7E00) if like.signed else (1.0, 16, 0x7F80, 0x7FC0)
+        small = builder.fmul(arguments[0], context.get_constant(types.float32, scale))
+        bits = builder.bitcast(small, context.get_value_type(types.int32))
+        sign = builder.and_(builder.lshr(bits, constant(16)), constant(0x8000))
+        size = builder.and_(bits, constant(0x7FFFFFFF))
+        odd = builder.and_(builder.lshr(size, constant(shift)), constant(1))  # a tie goes to the even one
+        size = builder.add(builder.add(size, odd), constant(2 ** (shift - 1) - 1))
+        size = builder.lshr(size, constant(shift))
+        most = builder.select(builder.fcmp_unordered("uno", small, small), constant(none), constant(infinity))
+        size = builder.select(builder.icmp_unsigned("<", size, most), size, most)
+        return builder.trunc(builder.or_(sign, size), context.get_value_type(like))
 
-@compiled
-def _soften(scores, count, found):
-    """Scores become weights; their highest and the weights' sum stand behind where the weighted values will be."""
-    dim = found.shape[0] - 2
-    highest = scores[0]
-    for i in range(1, count):
-        highest = max(highest, scores[i])
-    total = highest * 0
-    for i in range(count):
-        scores[i] = math.exp(scores[i] - highest)
-        total += scores[i]
-    for c in range(dim):
-        found[c] = 0
-    found[dim], found[dim + 1] = total, highest
-
-
-@compiled
-def _gather(weights, values, table, begin, end, found):
-    page, group, dim = values.shape[1], found.shape[0], values.shape[2]
-    fours = begin + (end - begin) // (4 * page) * (4 * page)
-    for start in range(begin, fours, 4 * page):
-        p = start // page
-        a, b, c, d = values[table[p]], values[table[p + 1]], values[table[p + 2]], values[table[p + 3]]
-        for g in range(group):
-            at = start - begin
-            for i in range(page):
-                w, x = weights[g, at + i], weights[g, at + page + i]
-                y, z = weights[g, at + 2 * page + i], weights[g, at + 3 * page + i]
-                for k in range(dim):
-                    near = w * _wide(a[i, k]) + x * _wide(b[i, k])
-                    found[g, k] += near + (y * _wide(c[i, k]) + z * _wide(d[i, k]))
-    for slot in range(fours, end):
-        line = values[table[slot // page], slot % page]
-        for g in range(group):
-            weight = weights[g, slot - begin]
-            for k in range(dim):
-                found[g, k] += weight * _wide(line[k])
-
-
-@compiled
-def _merge(found, out):
-    pieces, group, dim = found.shape[0], out.shape[0], out.shape[1]
-    for g in range(group):
-        highest = found[0, g, dim + 1]
-        for i in range(1, pieces):
-            highest = max(highest, found[i, g, dim + 1])
-        total = highest * 0
-        for c in range(dim):
-            out[g, c] = 0
-        for i in range(pieces):
-            factor = math.exp(found[i, g, dim + 1] - highest)
-            total += factor * found[i, g, dim]
-            for c in range(dim):
-                out[g, c] += factor * found[i, g, c]
-        for c in range(dim):
-            out[g, c] /= total
-
-
-def attends(dtype: str) -> Any:
-    """The loop over all heads as a C function that any number of threads may run at once; it takes addresses.
-
-    They are of: sizes (batch, heads, group, dim, pages, rows of a page, columns, pieces); keep and scaling in float64;
-    queries `[rows, group, dim]`, where a row is a head of a sequence; the newest keys and values `[rows, dim]`, which
-    sequences have them `[batch]`, table `[rows, columns]`, lengths `[rows]`; pools of keys and of values
-    `[pages, page, dim]`; room for what pieces find `[rows, pieces, group, dim + 2]`; zeros `[rows + 1]`; the
-    result `[rows, group, dim]`. dtype: of the pools.
-    """
-    stored = STORED[dtype]
-    kind = np.float64 if stored is np.float64 else np.float32
-
-    def body(at):
-        batch, heads, group, dim, pages, page, columns, pieces = carray(at[0], (8,), np.int64)
-        keep, scaling = carray(at[1], (2,), np.float64)
-        rows = batch * heads
-        _attend(
-            carray(at[2], (rows, group, dim), kind),
-            carray(at[3], (rows, dim), stored),
-            carray(at[4], (rows, dim), stored),
-            carray(at[5], (batch,), np.bool_),
-            carray(at[6], (rows, columns), np.int64),
-            carray(at[7], (rows,), np.int64),
-            carray(at[8], (pages, page, dim), stored),
-            carray(at[9], (pages, page, dim), stored),
-            carray(at[10], (rows, pieces, group, dim + 2), kind),
-            carray(at[11], (rows + 1,), np.int64),
-            carray(at[12], (rows, group, dim), kind),
-            kind(keep),
-            kind(scaling),
-        )
-
-    return numba.cfunc(types.void(types.CPointer(types.voidptr)), **OPTIONS)(body)
+    return like(number, like), codegen

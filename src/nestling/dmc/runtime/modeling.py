@@ -146,6 +146,9 @@ def _nothing(cls: type, auto_class: str = "") -> None:
 # ---- attaching
 
 
+NO_TURN = (torch.empty(1, 1, 0), torch.empty(1, 1, 0))
+
+
 class Wiring:
     """What the modules of one model share during a call: the text, and a list for decisions if they are wanted."""
 
@@ -219,10 +222,13 @@ def _before_decoder(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
             "a model with a compressed cache takes a new DynamicCache (no static one), and an attention_mask [batch, "
             "seq] of real tokens only"
         )
-    if mask is None and positions is not None and bool((positions.diff(dim=-1) < 0).any()):
-        raise ValueError("a model with a compressed cache takes one sequence per row: pad them instead of packing")
     seq = like.shape[1]
-    valid = mask[:, -seq:].bool() if mask is not None else torch.ones_like(like, dtype=torch.bool)
+    if seq > 1 and mask is None and positions is not None and bool((positions.diff(dim=-1) < 0).any()):
+        raise ValueError("a model with a compressed cache takes one sequence per row: pad them instead of packing")
+    if mask is None:
+        valid = torch.ones_like(like, dtype=torch.bool)
+    else:
+        valid = mask[:, -seq:].bool().expand_as(like).contiguous()  # loops would not notice another size
     ends = torch.zeros_like(valid)
     for separator in module.config.dmc["separators"] if ids is not None else ():
         ends = ends | (ids == separator)
@@ -254,10 +260,13 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """What transformers calls: `[batch, seq, query heads, dim]` from queries `[batch, query heads, seq, dim]`."""
     slots, rotary = dmc
-    rotate = partial(_rotated, module.dmc_rotate, rotary) if module.dmc_rotate is not None else _as_it_is
-    grouped = query.unflatten(1, (key.shape[1], -1))
-    known = rotary is not None and in_halves(module.dmc_rotate, query.shape[-1], rotary[0].shape[-1])
-    heads = Heads(grouped, key, value, rotate, scaling, rotary if known else None)
+    batch, _, seq, dim = query.shape
+    grouped = query.view(batch, key.shape[1], -1, seq, dim)
+    if module.dmc_rotate is None or rotary is None:  # the latter where a config has no positions
+        heads = Heads(grouped, key, value, _as_it_is, scaling, NO_TURN)
+    else:
+        turn = rotary if in_halves(module.dmc_rotate, dim, rotary[0].shape[-1]) else None
+        heads = Heads(grouped, key, value, partial(_rotated, module.dmc_rotate, rotary), scaling, turn)
     out, decisions = attention(heads, module.dmc.gates, module.dmc.text, slots, module.training, dropout)
     if module.dmc.record is not None and decisions is not None:
         module.dmc.record.append(decisions)
@@ -265,14 +274,12 @@ def _attention(
 
 
 def _rotated(rotate: Any, rotary: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    return (query, key) if rotary is None else rotate(query, key, *rotary)  # None where a config has no positions
+    return rotate(query, key, *rotary)
 
 
 @lru_cache
 def in_halves(rotate: Any, dim: int, channels: int) -> bool:
     """Whether a model's rotation is that of channels i and i + half of the first `channels` ones: it is tried."""
-    if rotate is None:
-        return False
     generator = torch.Generator().manual_seed(0)
     states, cos, sin = (torch.randn(1, 1, size, generator=generator) for size in (dim, channels, channels))
     first, second, rest = states.split([channels // 2, channels // 2, dim - channels], -1)

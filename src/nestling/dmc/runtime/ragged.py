@@ -1,7 +1,7 @@
 """A decoding step's attention where compiled loops do not serve, as on GPUs: kernels of others that read what is held.
 
-Every head of every sequence is a row of its own, and its keys are its pages. `FLEX` is torch's flex attention with
-pages as its blocks, for any dtype. `PACKED` is flash attention over rows of different length (of the package
+Every head of every sequence is a row of its own, and its keys are its pages. `flex` is torch's flex attention with
+pages as its blocks, for any dtype. `packed` is flash attention over rows of different length (of the package
 flash-attn, else of torch), for half precision; its pages are put in one line first. What becomes of a token is
 `plain`'s. Both are tested on CPUs only: flex without its compiler, the packing with a loop in place of the kernel.
 """
@@ -20,27 +20,23 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad
 
-from .kernel import Step
-from .plain import PLAIN, absorb, admit, store
+from .plain import Attend, attend
 from .slots import PAGE, SlotLayer
 
 HALF = (torch.float16, torch.bfloat16)
 
 
-def step_for(pool: Tensor) -> Step:
-    """The step for pages on that device and of that dtype; whole tensors where no kernel reads pages."""
+def attention_for(pool: Tensor) -> Attend:
+    """What attends over pages on that device and of that dtype; whole tensors where no kernel reads pages."""
     if pool.device.type != "cuda":
-        return PLAIN
+        return attend
     if pool.dtype in HALF and pool.shape[-1] % 8 == 0 and pool.shape[-1] <= 256 and varlen() is not None:
-        return PACKED
-    return FLEX if "compute_q_blocks" in signature(BlockMask.from_kv_blocks).parameters else PLAIN
+        return packed
+    return flex if "compute_q_blocks" in signature(BlockMask.from_kv_blocks).parameters else attend
 
 
-def flex(
-    query: Tensor, top: tuple[Tensor, Tensor], real: Tensor, slots: SlotLayer, keep: float, scaling: float
-) -> Tensor:
-    """See `kernel.attend`."""
-    query = store(query, top, real, slots, keep)
+def flex(query: Tensor, slots: SlotLayer, scaling: float) -> Tensor:
+    """See `plain.attend`."""
     batch, heads, group, dim = query.shape
     keys, values = (pool.view(1, 1, -1, dim) for pool in (slots.keys, slots.values))
     rows = query.reshape(batch * heads, 1, group, dim)
@@ -78,11 +74,8 @@ def pages_of(slots: SlotLayer, group: int) -> BlockMask:
     )
 
 
-def packed(
-    query: Tensor, top: tuple[Tensor, Tensor], real: Tensor, slots: SlotLayer, keep: float, scaling: float
-) -> Tensor:
-    """See `kernel.attend`."""
-    query = store(query, top, real, slots, keep)
+def packed(query: Tensor, slots: SlotLayer, scaling: float) -> Tensor:
+    """See `plain.attend`."""
     batch, heads, group, dim = query.shape
     length, device = slots.length.flatten(), query.device
     line = (slots.table.unsqueeze(-1) * PAGE + torch.arange(PAGE, device=device)).view(batch * heads, -1)
@@ -90,8 +83,8 @@ def packed(
     keys, values = (pool.flatten(0, 1)[line].unsqueeze(1) for pool in (slots.keys, slots.values))
     starts = torch.arange(batch * heads + 1, dtype=torch.int32, device=device)
     ends = pad(length.cumsum(0), (1, 0)).int()
-    attend: Any = varlen()
-    out = attend(query.reshape(-1, group, dim), keys, values, starts, ends, 1, int(length.max()), scaling)
+    kernel: Any = varlen()
+    out = kernel(query.reshape(-1, group, dim), keys, values, starts, ends, 1, int(length.max()), scaling)
     return out.view_as(query)
 
 
@@ -114,7 +107,3 @@ def varlen() -> Callable[..., Tensor] | None:
 def _flex(device: str) -> Any:
     """Compiled once per number of rows where there is a compiler for it, else step by step in whole tensors."""
     return flex_attention if device == "cpu" else torch.compile(flex_attention)
-
-
-FLEX = Step(absorb, admit, flex)
-PACKED = Step(absorb, admit, packed)

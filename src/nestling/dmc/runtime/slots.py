@@ -132,6 +132,13 @@ class SlotLayer(CacheLayerMixin):
             return 0
         return sum(getattr(self, name).numel() * getattr(self, name).element_size() for name in TENSORS)
 
+    def tensors(self) -> list[Tensor]:
+        """Those of `TENSORS`, each in one piece, for loops that write to them."""
+        for name in TENSORS:
+            if not getattr(self, name).is_contiguous():
+                setattr(self, name, getattr(self, name).contiguous())
+        return [getattr(self, name) for name in TENSORS]
+
     def restore(self, found: dict[str, Tensor], tokens: int) -> None:
         """Take over the tensors of another layer, by their names in `TENSORS`."""
         for name in TENSORS:
@@ -190,6 +197,6 @@ class SlotLayer(CacheLayerMixin):
 
 
 def _longer(pool: Tensor, pages: int) -> Tensor:
-    new = pool.new_zeros(len(pool) + pages, *pool.shape[1:])
-    new[: len(pool)] = pool
+    new = pool.new_empty(len(pool) + pages, *pool.shape[1:])
+    new[: len(pool)], new[len(pool) :] = pool, 0
     return new

@@ -1,7 +1,7 @@
 """The loops of what a decoding step does before attention, compiled by numba: a token is merged, appended or let in.
 
-One call serves all heads of a layer: decisions, running sums or what leaves the window, the page table, and the
-rotation of queries and of the newest key. It takes addresses, since handing over arrays would cost more than all that.
+One call serves all heads of a layer: decisions, running sums or what leaves the window, the page table, the newest slot
+with its key rotated, and the rotation of queries.
 """
 
 from __future__ import annotations
@@ -9,94 +9,48 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numba
 import numpy as np
-from numba import types
 
-from .loops import OPTIONS, STORED, carray, compiled
+from .loops import AT, carray, compiled, kinds, narrow, step_function
 
 
-def absorbs(dtype: str) -> Any:
-    """What a step of merging does before attention (see `kernel.absorb`), as a C function that takes addresses.
-
-    They are of: sizes (batch, heads, group, dim, pages, rows of a page, columns, channels that are rotated, whether
-    decisions are shared); scale, offset and keep in float64; room to say which pages and columns are missing `[2]`, and
-    then nothing is done; queries `[batch, heads, group, dim]`, keys and values `[batch, heads, dim]`; real tokens and
-    separators `[batch]`; cosines and sines `[batch, channels]`; sums, lengths, table, pages in use and `ended` of the
-    cache; queries, keys and values as results. dtype: of all of these but the whole numbers.
-    """
-    kind = STORED[dtype]
+def takes(dtype: str, method: str) -> Any:
+    """What comes before attention, if nothing is missing: see `loops.Places`. dtype: of the pools."""
+    (stored, kind), merges = kinds(dtype), method == "dmc"
 
     def body(at):
-        batch, heads, group, dim, pages, page, columns, turned, shared, _ = carray(at[0], (10,), np.int64)
-        scale, offset, keep = carray(at[1], (3,), np.float64)
-        missing, length = carray(at[2], (2,), np.int64), carray(at[11], (batch, heads), np.int64)
-        table, used = carray(at[12], (batch, heads, columns), np.int64), carray(at[13], (1,), np.int64)
+        batch, heads, group, dim, pages, page, columns, _, channels, angles, newest, shared = carray(
+            at[AT.sizes], (12,), np.int64
+        )
+        scale, offset, keep, scaling = carray(at[AT.factors], (4,), np.float64)
+        length, used = carray(at[AT.length], (batch, heads), np.int64), carray(at[AT.used], (1,), np.int64)
+        table, missing = carray(at[AT.table], (batch, heads, columns), np.int64), carray(at[AT.missing], (2,), np.int64)
         missing[0], missing[1] = _missing(length, table, used, pages, page)
-        if missing[1] == 0:
-            _absorb(
-                carray(at[3], (batch, heads, group, dim), kind),
-                carray(at[4], (batch, heads, dim), kind),
-                carray(at[5], (batch, heads, dim), kind),
-                carray(at[6], (batch,), np.bool_),
-                carray(at[7], (batch,), np.bool_),
-                carray(at[8], (batch, turned), kind),
-                carray(at[9], (batch, turned), kind),
-                carray(at[10], (batch, heads, 2 * dim + 1), kind),
-                length,
-                table,
-                used,
-                carray(at[14], (batch,), np.bool_),
-                (
-                    carray(at[15], (batch, heads, group, dim), kind),
-                    carray(at[16], (batch, heads, dim), kind),
-                    carray(at[17], (batch, heads, dim), kind),
-                ),
-                (scale, offset, keep, shared != 0),
-                page,
-            )
+        if missing[1] > 0:
+            return
+        query, valid = carray(at[AT.query], (batch, heads, group, dim), kind), carray(at[AT.valid], (batch,), np.bool_)
+        key, value = carray(at[AT.key], (batch, heads, dim), kind), carray(at[AT.value], (batch, heads, dim), kind)
+        turn = carray(at[AT.cos], (angles, channels), kind), carray(at[AT.sin], (angles, channels), kind), kind(keep)
+        keys = carray(at[AT.keys], (pages, page, dim), stored)
+        values = carray(at[AT.values], (pages, page, dim), stored)
+        gates, held = (scale, offset, keep, shared != 0), (keys, values, length, table, used)
+        if merges:
+            ends, ended = carray(at[AT.ends], (batch,), np.bool_), carray(at[AT.ended], (batch,), np.bool_)
+            sums = carray(at[AT.sums], (batch, heads, 2 * dim + 1), kind)
+            _absorb(query, key, value, valid, ends, turn, gates, held, sums, ended)
+        else:
+            recent = carray(at[AT.recent], (batch, heads, newest), np.int32)
+            _admit(key, value, valid, turn, gates, held, recent, carray(at[AT.seen], (batch,), np.int64))
+        turned = carray(at[AT.turned], (batch, heads, group, dim), kind)
+        for b in range(batch):
+            for h in range(heads):
+                for g in range(group):
+                    _turn(query[b, h, g], b, turn, turned[b, h, g])
+        turned *= kind(scaling)
+        carray(at[AT.counters], (batch * heads + 1,), np.int64)[:] = 0
+        carray(at[AT.out], (batch, heads, group, dim), kind)[:] = 0  # where a head has only seen padding
 
-    return numba.cfunc(types.void(types.CPointer(types.voidptr)), **OPTIONS)(body)
-
-
-def admits(dtype: str) -> Any:
-    """As `absorbs`, where tokens are dropped (see `kernel.admit`).
-
-    Its addresses are of: sizes (and how many newest tokens are known), factors, what is missing; queries, keys; real
-    tokens; cosines, sines; pools of keys and of values, lengths, table, pages in use, `recent` and `seen` of the cache;
-    queries and keys as results. dtype: of the pools.
-    """
-    stored = STORED[dtype]
-    kind = np.float64 if stored is np.float64 else np.float32
-
-    def body(at):
-        batch, heads, group, dim, pages, page, columns, turned, shared, size = carray(at[0], (10,), np.int64)
-        scale, offset, keep = carray(at[1], (3,), np.float64)
-        missing, length = carray(at[2], (2,), np.int64), carray(at[10], (batch, heads), np.int64)
-        table, used = carray(at[11], (batch, heads, columns), np.int64), carray(at[12], (1,), np.int64)
-        missing[0], missing[1] = _missing(length, table, used, pages, page)
-        if missing[1] == 0:
-            _admit(
-                carray(at[3], (batch, heads, group, dim), kind),
-                carray(at[4], (batch, heads, dim), kind),
-                carray(at[5], (batch,), np.bool_),
-                carray(at[6], (batch, turned), kind),
-                carray(at[7], (batch, turned), kind),
-                carray(at[8], (pages, page, dim), stored),
-                carray(at[9], (pages, page, dim), stored),
-                length,
-                table,
-                used,
-                carray(at[13], (batch, heads, size), np.int32),
-                carray(at[14], (batch,), np.int64),
-                (carray(at[15], (batch, heads, group, dim), kind), carray(at[16], (batch, heads, dim), kind)),
-                (scale, offset, keep, shared != 0),
-            )
-
-    return numba.cfunc(types.void(types.CPointer(types.voidptr)), **OPTIONS)(body)
-
-
-# ---- the loops
+    return step_function(body)
 
 
 @compiled
@@ -111,54 +65,43 @@ def _missing(length, table, used, pages, page):
 
 
 @compiled
-def _absorb(query, key, value, valid, ends, cos, sin, sums, length, table, used, ended, found, gates, page):
-    (batch, heads, group, dim), (scale, offset, keep, shared) = query.shape, gates
-    out_query, out_key, out_value = found
+def _absorb(query, key, value, valid, ends, turn, gates, held, sums, ended):
+    (batch, heads, dim), (scale, offset, keep, shared) = key.shape, gates
+    mean_key, mean_value = np.empty(dim, key.dtype), np.empty(dim, key.dtype)
     for b in range(batch):
-        opens = ended[b] or ends[b] or length[b, 0] == 0
-        mean = 0.0
+        if not valid[b]:
+            continue
+        mean = key[b, :, dim - 1].mean()
+        opens = ended[b] or ends[b] or held[2][b, 0] == 0
         for h in range(heads):
-            mean += key[b, h, dim - 1] / heads
-        for h in range(heads):
-            weighs = 0.0
-            for g in range(group):
-                weighs += query[b, h, g, dim - 1] / group
-                _turn(query[b, h, g], cos[b], sin[b], keep, out_query[b, h, g])
             logit = scale * (mean if shared else key[b, h, dim - 1]) - offset
-            weight = 1.0 / (1.0 + math.exp(-(scale * weighs + offset))) + 2.0**-23 if keep == 0 else 1.0
-            if valid[b]:
-                if opens or keep != 0 or not logit > 0:
-                    for c in range(2 * dim + 1):
-                        sums[b, h, c] = 0
-                    _open(length, table, used, b, h, page)
-                for c in range(dim):
-                    sums[b, h, c] += weight * key[b, h, c]
-                    sums[b, h, dim + c] += weight * value[b, h, c]
-                sums[b, h, 2 * dim] += weight
-            total = sums[b, h, 2 * dim]
+            weighs = scale * query[b, h, :, dim - 1].mean() + offset
+            weight = 1.0 / (1.0 + math.exp(-weighs)) + 2.0**-23 if keep == 0 else 1.0
+            if opens or keep != 0 or not logit > 0:
+                sums[b, h, :] = 0
+                _open(held, b, h)
             for c in range(dim):
-                out_key[b, h, c] = sums[b, h, c] / total if total > 0 else 0
-                out_value[b, h, c] = sums[b, h, dim + c] / total if total > 0 else 0
-            _turn(out_key[b, h], cos[b], sin[b], keep, out_key[b, h])
-        if valid[b]:
-            ended[b] = ends[b]
+                sums[b, h, c] += weight * key[b, h, c]
+                sums[b, h, dim + c] += weight * value[b, h, c]
+            sums[b, h, 2 * dim] += weight
+            for c in range(dim):
+                mean_key[c] = sums[b, h, c] / sums[b, h, 2 * dim]
+                mean_value[c] = sums[b, h, dim + c] / sums[b, h, 2 * dim]
+            _write(mean_key, mean_value, turn, held, b, h)
+        ended[b] = ends[b]
 
 
 @compiled
-def _admit(query, key, valid, cos, sin, keys, values, length, table, used, recent, seen, found, gates):
-    (batch, heads, group, dim), (scale, offset, keep, shared) = query.shape, gates
-    (page, size), (out_query, out_key) = (values.shape[1], recent.shape[2]), found
+def _admit(key, value, valid, turn, gates, held, recent, seen):
+    (batch, heads, dim), (scale, offset, keep, shared) = key.shape, gates
+    keys, values, length, table, _ = held
+    page, size = keys.shape[1], recent.shape[2]
     for b in range(batch):
+        if not valid[b]:
+            continue
         now, before = seen[b] % size, (seen[b] - 1) % size
-        mean = 0.0
+        mean = key[b, :, dim - 1].mean()
         for h in range(heads):
-            mean += key[b, h, dim - 1] / heads
-        for h in range(heads):
-            for g in range(group):
-                _turn(query[b, h, g], cos[b], sin[b], keep, out_query[b, h, g])
-            _turn(key[b, h], cos[b], sin[b], keep, out_key[b, h])
-            if not valid[b]:
-                continue
             logit = scale * (mean if shared else key[b, h, dim - 1]) - offset
             if keep == 0 and logit > 0 and seen[b] > 0:
                 recent[b, h, before] = -1 - recent[b, h, before]
@@ -166,20 +109,21 @@ def _admit(query, key, valid, cos, sin, keys, values, length, table, used, recen
             if seen[b] >= size and leaving < 0:
                 goal, last = -1 - leaving, length[b, h] - 1
                 to, source = table[b, h, goal // page], table[b, h, last // page]
-                for c in range(dim):
-                    keys[to, goal % page, c] = keys[source, last % page, c]
-                    values[to, goal % page, c] = values[source, last % page, c]
+                keys[to, goal % page] = keys[source, last % page]
+                values[to, goal % page] = values[source, last % page]
                 recent[b, h, before] = goal if recent[b, h, before] >= 0 else -1 - goal
             else:
-                _open(length, table, used, b, h, page)
+                _open(held, b, h)
             recent[b, h, now] = length[b, h] - 1
-        if valid[b]:
-            seen[b] += 1
+            _write(key[b, h], value[b, h], turn, held, b, h)
+        seen[b] += 1
 
 
 @compiled
-def _open(length, table, used, b, h, page):
+def _open(held, b, h):
     """One slot more for a head, on a new page where it needs one."""
+    keys, _, length, table, used = held
+    page = keys.shape[1]
     if length[b, h] % page == 0:
         table[b, h, length[b, h] // page] = used[0]
         used[0] += 1
@@ -187,13 +131,27 @@ def _open(length, table, used, b, h, page):
 
 
 @compiled
-def _turn(states, cos, sin, keep, out):
-    """One head's `[dim]`, rotated in channels i and i + half, the last channel times `keep` before and after that."""
-    dim, half = len(states), len(cos) // 2
-    for c in range(dim):
-        out[c] = states[c] * (keep if c == dim - 1 else 1)
+def _write(key, value, turn, held, b, h):
+    """Put a key, rotated, and a value in a head's last slot."""
+    keys, values, length, table, _ = held
+    page, last, turned = keys.shape[1], length[b, h] - 1, np.empty_like(key)
+    _turn(key, b, turn, turned)
+    row = table[b, h, last // page]
+    for c in range(len(key)):
+        keys[row, last % page, c] = narrow(turned[c], keys[row, last % page, c])
+        values[row, last % page, c] = narrow(value[c], values[row, last % page, c])
+
+
+@compiled
+def _turn(states, b, turn, out):
+    """One head's `[dim]` of sequence b, rotated in channels i and i + half, the last channel times `keep` before and
+    after that."""
+    cos, sin, keep = turn
+    dim, half, b = len(states), cos.shape[1] // 2, b % len(cos)
+    out[:] = states
+    out[dim - 1] *= keep
     for c in range(half):
         x, y = out[c], out[c + half]
-        out[c], out[c + half] = x * cos[c] - y * sin[c], y * cos[c + half] + x * sin[c + half]
+        out[c], out[c + half] = x * cos[b, c] - y * sin[b, c], y * cos[b, c + half] + x * sin[b, c + half]
     if half > 0:
         out[dim - 1] *= keep
