@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nestling.errors import NestlingError
-from nestling.train.divergences import DIVERGENCES, divergence, top_k
+from nestling.train.divergences import DIVERGENCES, at, divergence, top_k
 from nestling.train.losses import IGNORE, Head, Objective, Student, logit_losses, shared_losses
 
 VOCAB, NARROW, WIDE = 37, 8, 11
@@ -336,3 +336,24 @@ def test_a_registered_divergence_is_used():
 def test_impossible_objectives_are_refused(wrong):
     with pytest.raises(NestlingError, match=next(iter(wrong)).replace("divergence", "loss")):
         Objective(**wrong)
+
+
+def test_the_rest_of_a_distribution_has_the_gradient_of_its_sum():
+    generator = torch.Generator().manual_seed(5)
+    logits = (3 * torch.randn(4, VOCAB, generator=generator, dtype=torch.float64)).requires_grad_()
+    indices = logits.detach().topk(6).indices
+    weights = torch.randn(4, 7, generator=generator, dtype=torch.float64)
+
+    def plainly(log_probs):
+        others = torch.ones_like(log_probs).scatter(-1, indices, 0.0)
+        return torch.cat([log_probs.gather(-1, indices), (log_probs.exp() * others).sum(-1, keepdim=True).log()], -1)
+
+    found, expected = (form(logits.log_softmax(-1)) for form in (lambda value: at(value, indices, True), plainly))
+    torch.testing.assert_close(found, expected)
+    pulled, wanted = (torch.autograd.grad((weights * value).sum(), logits)[0] for value in (found, expected))
+    torch.testing.assert_close(pulled, wanted)
+    without = torch.autograd.grad((weights[:, :-1] * logits.log_softmax(-1).gather(-1, indices)).sum(), logits)[0]
+    assert (without - wanted).abs().max() > 1e-2
+    alone = torch.full((1, VOCAB), -torch.inf, dtype=torch.float64).index_fill(1, indices[0], 0.0).requires_grad_()
+    kept = at(alone.log_softmax(-1), indices[:1], True)
+    assert torch.autograd.grad(kept[:, :-1].sum(), alone)[0].isfinite().all()  # nothing is left for the rest

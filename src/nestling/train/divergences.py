@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 DIVERGENCES: dict[str, Divergence] = {}
@@ -102,10 +104,31 @@ def top_k(log_probs: Tensor, k: int) -> TopK:
 
 def at(log_probs: Tensor, indices: Tensor, with_rest: bool) -> Tensor:
     """Log-probabilities `[..., vocab]` as `TopK.log_distribution` has the teacher's: those tokens, and the rest."""
-    kept = log_probs.gather(-1, indices)
     if not with_rest:
-        return kept.log_softmax(-1)
-    return torch.cat([kept, _rest(log_probs, indices)[..., None]], -1)
+        return log_probs.gather(-1, indices).log_softmax(-1)
+    return cast(Tensor, _WithRest.apply(log_probs, indices))
+
+
+class _WithRest(torch.autograd.Function):
+    """Log-probabilities `[..., vocab]` -> those at some indices, and the log of what all others have together.
+
+    In fewer passes over the vocabulary than the parts would take: what backward needs is made in place of what forward
+    no longer does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_probs: Tensor, indices: Tensor) -> Tensor:
+        others = log_probs.scatter(-1, indices, -math.inf)
+        rest = others.logsumexp(-1, keepdim=True)
+        shares = others.sub_(rest.clamp_min(torch.finfo(rest.dtype).min)).exp_()  # of each in the rest
+        ctx.save_for_backward(shares, indices)
+        return torch.cat([log_probs.gather(-1, indices), rest], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        shares, indices = ctx.saved_tensors
+        return (shares * gradient[..., -1:]).scatter_(-1, indices, gradient[..., :-1]), None
 
 
 def _rest(log_probs: Tensor, indices: Tensor) -> Tensor:
