@@ -32,7 +32,7 @@ from nestling.report.slots import slots_page
 from nestling.runs import write_atomically
 from nestling.train import documented, split_batch
 
-WELL_MET = 0.95  # of the ratio that was asked for: less is told
+WELL_MET = 0.9  # of the ratio that was asked for: less is told
 
 
 @documented
