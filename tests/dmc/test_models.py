@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache, pipeline
 
 import nestling as nl
@@ -15,6 +16,7 @@ from nestling import dmc
 from nestling.anatomy import cache_name
 from nestling.anatomy.attention import last_channel, sites
 from nestling.dmc.runtime.modeling import in_halves
+from nestling.dmc.runtime.slots import PAGE, TENSORS
 from nestling.dmc.show import merges
 from nestling.errors import CheckpointError, NestlingError, UnsupportedArchitecture
 from tests.dmc.models import BOUNDED, FULL, HYBRID, merging
@@ -174,6 +176,39 @@ def test_a_saved_cache_goes_on_as_if_nothing_happened(tmp_path, gates):
     (tmp_path / "cache.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="damaged"):
         dmc.load_cache(tmp_path / "cache.safetensors")
+
+
+DAMAGE = {  # what is done to a tensor of the first layer, and a word of the refusal
+    "table, a page that is not there": ("table", lambda t: t.fill_(10**6), "pages that are not there"),
+    "table, one page twice": ("table", torch.zeros_like, "one of them twice"),
+    "length, beyond the table": ("length", lambda t: t + 10**6, "pages that are not there"),
+    "length, negative": ("length", lambda t: t - 10**6, "pages that are not there"),
+    "used, more than there are": ("used", lambda t: t + 10**6, "pages that are not there"),
+    "values, of another size": ("values", lambda t: t[..., 1:].contiguous(), "values is"),
+    "sums, of another type": ("sums", lambda t: t.half(), "sums is"),
+    "seen, of another batch": ("seen", lambda t: t[1:], "seen is"),
+    "recent, of another type": ("recent", lambda t: t.long(), "recent is"),
+    "recent, beyond the slots": ("recent", lambda t: t + 10**6, "slots that are not there"),
+}
+
+
+@pytest.mark.parametrize("gates", METHODS, ids=["dmc", "dms"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_cache_whose_tensors_do_not_belong_together_is_refused(tmp_path, damage, gates):
+    """Loops would read and write where its tables say, beyond memory."""
+    if "beyond the slots" in damage and not gates:
+        pytest.skip("nothing is kept of the newest tokens where tokens merge")
+    model, path = merging(**gates), tmp_path / "cache.safetensors"
+    _, cache = in_pieces(model, ids(2, 40), [0, 40])
+    dmc.save_cache(cache, path)
+    assert dmc.load_cache(path).get_seq_length() == 40  # the control
+    name, change, word = DAMAGE[damage]
+    setattr(cache.layers[0], name, change(getattr(cache.layers[0], name)))
+    tensors = {f"{n}.{t}": getattr(layer, t).contiguous() for n, layer in enumerate(cache.layers) for t in TENSORS}
+    kinds = [{"slots": True, "tokens": 40, "page": PAGE} for _ in cache.layers]
+    save_file(tensors, path, metadata={"layers": json.dumps(kinds)})
+    with pytest.raises(CheckpointError, match=word):
+        dmc.load_cache(path)
 
 
 def test_memory_follows_the_ratio():

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from nestling.dmc.runtime.gates import wide
 from nestling.dmc.runtime.slots import PAGE, TENSORS, SlotLayer
 from nestling.errors import CheckpointError, NestlingError
 from nestling.runs import whole
@@ -70,9 +71,34 @@ def _layer(kind: dict[str, int], found: dict[str, Tensor]) -> DynamicLayer | Slo
         return layer
     if kind["page"] != PAGE:
         raise ValueError(f"its pages have {kind['page']} rows, not {PAGE}")
+    _check(found)
     layer = SlotLayer()
     layer.restore(found, kind["tokens"])
     return layer
+
+
+def _check(found: dict[str, Tensor]) -> None:
+    """Raises `ValueError` for tensors that do not belong together: loops read and write where tables say."""
+    keys, table, length = found["keys"], found["table"], found["length"]
+    (batch, heads, columns), dim = table.shape, keys.shape[-1]
+    recent = found["recent"].shape[-1]
+    shapes = {"keys": (len(keys), PAGE, dim), "values": tuple(keys.shape), "length": (batch, heads), "used": (1,)}
+    shapes |= {"sums": (batch, heads, 0 if recent else 2 * dim + 1), "recent": (batch, heads, recent)}
+    shapes |= {"ended": (batch,), "seen": (batch,)}
+    types = {"values": keys.dtype, "sums": wide(keys.dtype), "recent": torch.int32, "ended": torch.bool}
+    types |= dict.fromkeys(("table", "length", "used", "seen"), torch.long)
+    for name, tensor in found.items():
+        shape, dtype = shapes.get(name, tuple(tensor.shape)), types.get(name, tensor.dtype)
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
+    held = torch.arange(columns, device=table.device) * PAGE < length.unsqueeze(-1)
+    pages = table[held]
+    slots = torch.where(found["recent"] < 0, -1 - found["recent"], found["recent"])
+    inside = 0 <= int(found["used"]) <= len(keys) and bool(((pages >= 0) & (pages < found["used"])).all())
+    if not inside or len(pages.unique()) < len(pages) or length.min() < 0 or length.max() > columns * PAGE:
+        raise ValueError("its table names pages that are not there, or one of them twice")
+    if (slots >= length.unsqueeze(-1).clamp_min(1)).any():
+        raise ValueError("its newest tokens are in slots that are not there")
 
 
 def slot_layers(cache: DynamicCache) -> list[SlotLayer]:
