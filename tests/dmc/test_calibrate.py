@@ -61,6 +61,8 @@ def test_padding_does_not_count():
 def test_refused():
     with pytest.raises(NestlingError, match="not compressed"):
         dmc.calibrate(tiny("llama"), DATA, 2.0)
+    with pytest.raises(NestlingError, match=r"ratio 0\.5 is not possible"):
+        dmc.calibrate(merging(), DATA, 0.5)
     with pytest.raises(DataError, match="no text"):
         dmc.calibrate(merging(), [], 2.0)
 

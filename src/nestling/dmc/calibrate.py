@@ -15,12 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nestling.anatomy import decoder
-from nestling.anatomy.bypass import evaluating
-from nestling.dmc.convert import is_converted
 from nestling.dmc.learner import merged_part
-from nestling.dmc.runtime.modeling import recording
-from nestling.errors import DataError, NestlingError
+from nestling.dmc.measure import decided
+from nestling.errors import NestlingError
 
 NEAR = 0.005  # of the ratio: as near as it has to be
 ROUNDS = 12
@@ -31,16 +28,14 @@ def calibrate(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], r
 
     batches: `{"input_ids": [batch, seq]}`, maybe with `attention_mask`; a few thousand tokens are enough. Gates that
     tell no tokens apart can merge none or all: then what comes nearest stays, often as it was.
-    Raises `NestlingError` for a model without gates and `DataError` for no text.
+    Raises `NestlingError` for a model without gates or a ratio below 1, and `DataError` for no text.
     """
-    if not is_converted(model):
-        raise NestlingError("this model's cache is not compressed: retrofit it first")
-    if not batches:
-        raise DataError("there is no text to calibrate the ratio on: give at least one batch")
-    gates = model.config.dmc
+    if not ratio >= 1:
+        raise NestlingError(f"ratio {ratio} is not possible: give how many tokens shall share a slot, say 4")
+    gates = getattr(model.config, "dmc", {})
     goal = 1 - 1 / ratio
     tried: dict[float, float] = {}
-    low = high = gates["offset"]
+    low = high = 0.0
     for _ in range(ROUNDS):
         part, logits = _decided(model, batches)
         offset = gates["offset"]
@@ -67,14 +62,9 @@ def _next(offset: float, part: float, goal: float, logits: Tensor, low: float, h
 def _decided(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> tuple[float, Tensor]:
     """The part of tokens that merge, over layers and heads, and all logits of real tokens `[any]`."""
     merged, tokens, logits = 0.0, 0, []
-    with evaluating(model):
-        for batch in batches:
-            ids, mask = batch["input_ids"].to(model.device), batch.get("attention_mask")
-            mask = mask.to(model.device) if mask is not None else None
-            with recording(model) as decisions:
-                decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False)
-            valid = decisions[0].valid
-            merged += (merged_part(decisions).double() * valid.sum(1)).sum().item()
-            tokens += int(valid.sum())
-            logits += [d.logits.transpose(1, 2)[valid].flatten().cpu() for d in decisions]
+    for decisions in decided(model, batches):
+        valid = decisions[0].valid
+        merged += (merged_part(decisions).double() * valid.sum(1)).sum().item()
+        tokens += int(valid.sum())
+        logits += [d.logits.transpose(1, 2)[valid].flatten().cpu() for d in decisions]
     return merged / tokens, torch.cat(logits)

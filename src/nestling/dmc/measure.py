@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from nestling.anatomy import decoder
 from nestling.anatomy.bypass import evaluating
 from nestling.dmc.convert import is_converted
+from nestling.dmc.runtime.heads import Decisions
 from nestling.dmc.runtime.modeling import recording
 from nestling.errors import DataError, NestlingError
 
@@ -51,26 +52,33 @@ def measure(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> 
 
     Raises `NestlingError` for a model without gates and `DataError` for no text.
     """
+    kept: list[Tensor] = []
+    tokens = 0
+    place: list[Tensor] = [torch.zeros(PARTS), torch.zeros(PARTS)]
+    for decisions in decided(model, batches):
+        valid = decisions[0].valid
+        appended = [(~d.quiet & valid[:, None]).double() for d in decisions]
+        found = [part.sum((0, 2)) for part in appended]
+        kept = [a + b for a, b in zip(kept, found, strict=True)] if kept else found
+        tokens += int(valid.sum())
+        _add_positions(place, appended, valid)
+    return _summary(model, kept, tokens, place)
+
+
+def decided(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[list[Decisions]]:
+    """Every layer's decisions on each of the batches, without noise. Raises as `measure` does for models and text."""
     if not is_converted(model):
         raise NestlingError("this model's cache is not compressed: retrofit it first")
-    kept, tokens = None, 0
-    place: list[Tensor] = [torch.zeros(PARTS), torch.zeros(PARTS)]
+    decisions = None
     with evaluating(model):
         for batch in batches:
-            ids = batch["input_ids"].to(model.device)
-            mask = batch.get("attention_mask")
+            ids, mask = batch["input_ids"].to(model.device), batch.get("attention_mask")
             mask = mask.to(model.device) if mask is not None else None
             with recording(model) as decisions:
                 decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False)
-            valid = decisions[0].valid
-            appended = [(~d.quiet & valid[:, None]).double() for d in decisions]
-            found = [part.sum((0, 2)) for part in appended]
-            kept = found if kept is None else [a + b for a, b in zip(kept, found, strict=True)]
-            tokens += int(valid.sum())
-            _add_positions(place, appended, valid)
-    if kept is None:
+            yield decisions
+    if decisions is None:
         raise DataError("there is no text to measure the ratio on: give at least one batch")
-    return _summary(model, kept, tokens, place)
 
 
 def _add_positions(place: list[Tensor], appended: list[Tensor], valid: Tensor) -> None:
