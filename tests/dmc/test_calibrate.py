@@ -22,7 +22,9 @@ def test_the_ratio_is_met(variant, gates):
         model = merging(variant, **gates)
         model.config.dmc["offset"] = offset
         before.append(dmc.measure(model, DATA).ratio / ratio)
-        assert dmc.calibrate(model, DATA, ratio) == pytest.approx(ratio, rel=0.03)
+        found = dmc.calibrate(model, DATA, ratio)
+        assert found.before == pytest.approx(before[-1] * ratio)
+        assert found.after == pytest.approx(ratio, rel=0.03)
         assert dmc.measure(model, DATA).ratio == pytest.approx(ratio, rel=0.03)
     assert max(before) > 1.1
     assert min(before) < 0.8  # the control: it was not met before
@@ -43,7 +45,7 @@ def test_what_was_learnt_stays_in_order():
 
 def test_gates_that_tell_nothing_apart_are_left():
     model = dmc.free(dmc.convert(tiny("llama")))
-    assert dmc.calibrate(model, DATA, 3.0) == 1
+    assert dmc.calibrate(model, DATA, 3.0) == (1, 1)
     assert dmc.measure(model, DATA).ratio == 1
 
 
@@ -54,7 +56,7 @@ def test_padding_does_not_count():
         mask[::2, :20] = 0
         padded.append({**batch, "attention_mask": mask})
     model = merging()
-    assert dmc.calibrate(model, padded, 2.5) == pytest.approx(2.5, rel=0.03)
+    assert dmc.calibrate(model, padded, 2.5).after == pytest.approx(2.5, rel=0.03)
     assert dmc.measure(model, padded).ratio == pytest.approx(2.5, rel=0.03)
 
 

@@ -1,6 +1,6 @@
 """Dynamic memory compression: a KV cache that learns which tokens share a slot (arXiv 2403.09636)."""
 
-from nestling.dmc.calibrate import calibrate
+from nestling.dmc.calibrate import Calibrated, calibrate
 from nestling.dmc.convert import convert, free, is_converted
 from nestling.dmc.measure import Compression, measure
 from nestling.dmc.register import register
@@ -14,6 +14,7 @@ from nestling.dmc.store import cache_bytes, load_cache, save_cache, slot_layers
 register()
 
 __all__ = [
+    "Calibrated",
     "Compression",
     "Gates",
     "RetrofitSettings",

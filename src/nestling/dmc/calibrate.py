@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import log
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +24,15 @@ NEAR = 0.005  # of the ratio: as near as it has to be
 ROUNDS = 12
 
 
-def calibrate(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], ratio: float) -> float:
-    """Move `config.dmc["offset"]`, in place, to where the model has `ratio` tokens per slot; returns what it has now.
+class Calibrated(NamedTuple):
+    """Tokens per slot before the offset was moved, and after."""
+
+    before: float
+    after: float
+
+
+def calibrate(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], ratio: float) -> Calibrated:
+    """Move `config.dmc["offset"]`, in place, to where the model has `ratio` tokens per slot; returns both ratios.
 
     batches: `{"input_ids": [batch, seq]}`, maybe with `attention_mask`; a few thousand tokens are enough. Gates that
     tell no tokens apart can merge none or all: then what comes nearest stays, often as it was.
@@ -47,7 +55,7 @@ def calibrate(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], r
         low, high = (max(low, offset), high) if part > goal else (low, min(high, offset))
         gates["offset"] = _next(offset, part, goal, logits, low, high)
     gates["offset"] = min(tried, key=lambda offset: abs(log(tried[offset] / ratio)))
-    return tried[gates["offset"]]
+    return Calibrated(next(iter(tried.values())), tried[gates["offset"]])
 
 
 def _next(offset: float, part: float, goal: float, logits: Tensor, low: float, high: float) -> float:

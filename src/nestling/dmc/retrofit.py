@@ -17,7 +17,6 @@ from nestling.data import batches
 from nestling.dmc.calibrate import calibrate
 from nestling.dmc.convert import convert, is_converted
 from nestling.dmc.learner import Retrofit
-from nestling.dmc.measure import measure
 from nestling.dmc.settings import RetrofitSettings
 from nestling.errors import NestlingError
 from nestling.train import fit
@@ -63,8 +62,8 @@ def retrofit(
     model.config.dmc["ratio"] = settings.ratio
     if settings.calibration_tokens:
         sample = kept if streamed else _first(data, tokenizer, settings)
-        model.config.dmc["learned"] = {"ratio": round(measure(model, sample).ratio, 4), "offset": settings.offset}
-        calibrate(model, sample, settings.ratio)
+        found = calibrate(model, sample, settings.ratio)
+        model.config.dmc["learned"] = {"ratio": round(found.before, 4), "offset": settings.offset}
     return model
 
 
