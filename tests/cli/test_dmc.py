@@ -20,7 +20,10 @@ def test_retrofit_show_and_eval(place, capsys):
     model = AutoModelForCausalLM.from_pretrained("run/model")
     assert model.config.dmc["keep"] == 0
     assert model.config.dmc["measured"] == made["compression"]
-    assert "by layer and head" in (place / "run/report.html").read_text()
+    page = (place / "run/report.html").read_text()
+    assert all(
+        part in page for part in ("by layer and head", "perplexity before", "as trained", "Which tokens share a slot")
+    )
     assert run(capsys, "dmc", "retrofit", "m", "--ratio", 3, "--out", "run", *TRAIN) == made
     shown = run(capsys, "dmc", "show", "run/model", "some words to look at", "--out", "page.html")
     assert shown["ratio"] >= 1

@@ -32,6 +32,7 @@ from nestling.report.slots import slots_page
 from nestling.runs import write_atomically
 from nestling.train import documented, split_batch
 
+EXCERPT = 64  # tokens that the report shows cut into slots
 WELL_MET = 0.9  # of the ratio that was asked for: less is told
 
 
@@ -121,7 +122,8 @@ def retrofit_model(settings: RetrofitVerb) -> dict[str, Any]:
         target = run.model("model", lambda: _retrofitted(settings, source, run), source.tokenizer)
     with stages("measure the model as it became"):
         result = run.values("measured.json", lambda: _measured(settings, str(target), before))
-    run.write("report.html", _page(str(target), result["compression"]))
+    run.write("report.html", _page(str(target), result))
+    result.pop("excerpt", None)
     console.print(_summary(result))
     if result["compression"]["ratio"] < WELL_MET * result["asked"]:
         console.print(
@@ -136,12 +138,12 @@ def show(settings: ShowVerb) -> dict[str, Any]:
     """Print the text cut where slots begin, and write a page if asked to."""
     source = Source.open(settings)
     found = merges(source.model, source.tokenizer, settings.text)
-    for layer, head in _places(found, settings):
+    for layer, head in _places(found, settings.layer, settings.head):
         slots = " [bold blue]|[/] ".join(escape(slot.replace("\n", "⏎")) for slot in found.slots(layer, head))
         console.print(f"[dim]layer {layer}, head {head}, {found.ratio(layer, head):.2f} tokens per slot[/]\n  {slots}")
     console.print(f"{found.whole:.2f} tokens per slot over {len(found.tokens)} tokens")
     if settings.out:
-        texts = {place: found.slots(*place) for place in _places(found, settings)}
+        texts = {place: found.slots(*place) for place in _places(found, settings.layer, settings.head)}
         opened = found.opened.items()
         ratios = {layer: [found.ratio(layer, head) for head in range(len(heads))] for layer, heads in opened}
         page = slots_page(f"{settings.model}: which tokens share a slot", ratios, texts=texts)
@@ -175,7 +177,16 @@ def _measured(settings: RetrofitVerb, target: str, before: dict[str, float]) -> 
     gates, compression = source.model.config.dmc, source.model.config.dmc["measured"]
     perplexity = {"perplexity": after["perplexity"], "perplexity_before": before["perplexity"]}
     learned = gates.get("learned", compression)["ratio"]
-    return perplexity | {"asked": gates["ratio"], "learned": learned, "compression": compression}
+    told = perplexity | {"asked": gates["ratio"], "learned": learned, "compression": compression}
+    return told | {"excerpt": _excerpt(source, settings.data)}
+
+
+def _excerpt(source: Source, text: str) -> list[tuple[int, int, list[str]]]:
+    """Layer, head and the text of each slot, for a little text that was not trained on."""
+    how: dict[str, Any] = {"context": EXCERPT, "tokens": EXCERPT, "split": "validation"}
+    ids = data.batches(text, source.tokenizer, **how)[0]["input_ids"][0]
+    found = merges(source.model, source.tokenizer, str(source.tokenizer.decode(ids)))
+    return [(*place, found.slots(*place)) for place in _places(found)]
 
 
 def _perplexity(source: Source, text: str, settings: Any, context: int, split: str = "validation") -> dict[str, float]:
@@ -207,18 +218,33 @@ def _cached(source: Source, settings: DmcEval) -> dict[str, int]:
     return {"cache_bytes": dmc.cache_bytes(cache), "full_cache_bytes": full * ids.shape[1]}
 
 
-def _places(found: Merges, settings: ShowVerb) -> list[tuple[int, int]]:
-    places = [(layer, head) for layer, heads in found.opened.items() for head in range(len(heads))]
-    chosen = [p for p in places if settings.layer in (None, p[0]) and settings.head in (None, p[1])]
+def _places(found: Merges, layer: int | None = None, head: int | None = None) -> list[tuple[int, int]]:
+    """Layers and heads, or those of one. Raises `NestlingError` when there is none."""
+    places = [(number, place) for number, heads in found.opened.items() for place in range(len(heads))]
+    chosen = [place for place in places if layer in (None, place[0]) and head in (None, place[1])]
     if not chosen:
         layers = ", ".join(map(str, found.opened))
-        raise NestlingError(f"there is no layer {settings.layer} with a head {settings.head}: layers are {layers}")
+        raise NestlingError(f"there is no layer {layer} with a head {head}: layers are {layers}")
     return chosen
 
 
-def _page(model: str, measured: dict[str, Any]) -> str:
+def _page(model: str, result: dict[str, Any]) -> str:
+    measured = result["compression"]
     ratios = dict(zip(measured["layers"], measured["by_head"], strict=True))
-    return slots_page(f"{model}: {measured['ratio']:.2f} tokens per slot", ratios, measured["by_position"])
+    texts = {(layer, head): slots for layer, head, slots in result.get("excerpt", [])}
+    title = f"{model}: {measured['ratio']:.2f} tokens per slot"
+    return slots_page(title, ratios, measured["by_position"], texts, _measures(result))
+
+
+def _measures(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names and values, as far as they were measured."""
+    rows = [("perplexity", f"{result['perplexity']:.3f}")]
+    if "perplexity_before" in result:
+        rows = [("perplexity before", f"{result['perplexity_before']:.3f}"), *rows]
+    if "asked" in result:
+        rows += [("tokens per slot asked for", f"{result['asked']:g}")]
+        rows += [("tokens per slot as trained", f"{result['learned']:.2f}")]
+    return [*rows, ("tokens per slot", f"{result['compression']['ratio']:.2f}")]
 
 
 def _summary(result: dict[str, Any]) -> Table:
@@ -226,12 +252,8 @@ def _summary(result: dict[str, Any]) -> Table:
     table = Table(title="compressed cache", title_justify="left", box=None, pad_edge=False)
     table.add_column("measure")
     table.add_column("value", justify="right")
-    if "perplexity_before" in result:
-        table.add_row("perplexity before", f"{result['perplexity_before']:.3f}")
-    table.add_row("perplexity", f"{result['perplexity']:.3f}")
-    if "learned" in result:
-        table.add_row("tokens per slot as trained", f"{result['learned']:.2f}")
-    table.add_row("tokens per slot", f"{measured['ratio']:.2f}")
+    for row in _measures(result):
+        table.add_row(*row)
     for layer, ratio in zip(measured["layers"], measured["by_layer"], strict=True):
         table.add_row(f"  layer {layer}", f"{ratio:.2f}")
     if "cache_bytes" in result:
