@@ -131,6 +131,22 @@ def test_a_run_that_goes_on_from_its_last_checkpoint_keeps_what_the_freed_channe
     assert any(trained.state_dict()[name][row].any() for name, row in rows)  # negative control: it has learnt
 
 
+def retrofitted(**options):
+    how = {"steps": 4, "kd_weight": 1.0, "save_every": 0, "calibration_tokens": 100} | SETTINGS | options
+    model = dmc.retrofit(tiny("llama", dtype=torch.float32), token_batches(4, 4, 24), **how)
+    return model.state_dict(), model.config.dmc["offset"]
+
+
+def test_a_model_that_is_spread_over_processes_learns_the_same(tmp_path):
+    """Its gate channel is freed where its rows are; noise is each process's own, so one process is no reference."""
+    whole, spread = (together(2, tmp_path, lambda fsdp=fsdp: retrofitted(fsdp=fsdp)) for fsdp in (False, True))
+    for (expected, offset), (found, moved) in zip(whole, spread, strict=True):
+        # Adam divides the freed rows' first gradients by themselves, rounding and all; a step is 5e-3.
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+        assert moved == pytest.approx(offset, abs=1e-2)
+    assert spread[0][1] == spread[1][1] != 5
+
+
 class _Stopping:
     """Batches as before, and an interrupt at the end of a step."""
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from nestling.anatomy import Anatomy
@@ -73,9 +75,18 @@ def free(model: PreTrainedModel) -> PreTrainedModel:
     with torch.no_grad():
         for site in sites(anatomy):
             for name, rows in last_channel(anatomy, site).items():
-                tensors[name][rows.to(tensors[name].device)] = 0
+                _clear(tensors[name], rows)
     set_keep(model, 0.0)
     return model
+
+
+def _clear(tensor: Tensor, rows: Tensor) -> None:
+    """Set rows to zero, in place, also of a tensor that is spread over processes by rows."""
+    keep = torch.ones(tensor.shape[0], dtype=tensor.dtype, device=tensor.device)
+    keep = keep.index_fill(0, rows.to(tensor.device), 0).view(-1, *(1,) * (tensor.dim() - 1))
+    if isinstance(tensor, DTensor):
+        keep = distribute_tensor(keep, tensor.device_mesh, tensor.placements)
+    tensor.mul_(keep)
 
 
 def set_keep(model: PreTrainedModel, keep: float) -> None:
