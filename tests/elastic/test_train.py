@@ -104,6 +104,15 @@ def test_two_processes_train_what_one_does(whole, tmp_path, fsdp):
         assert entries == whole.entries
 
 
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_learn_from_one_cache(tmp_path, fsdp):
+    """The first fills it, both read it."""
+    how = {"probe_tokens": 0, "top_k": 6}
+    expected = weights(trained(cache=tmp_path / "one", **how))
+    for found in together(2, tmp_path, lambda: weights(trained(fsdp=fsdp, cache=tmp_path / "two", **how))):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_shards_go_on_in_one_process(whole, tmp_path, monkeypatch):
     """From a checkpoint that two have written amid the slices."""
     stop = partial(monkeypatch.setattr, LearnerTrainer, "training_step")
