@@ -125,30 +125,34 @@ def kept_teacher(
     """
     if not objective.top_k:
         raise NestlingError("a teacher cache keeps the likeliest tokens only: say how many with top_k, such as 64")
-    processes.first(lambda: len(_filled(teacher, data, tokenizer, settings, objective, folder, vocab_size, progress)))
+
+    def filled() -> int:
+        rows, _ = rows_of(data, tokenizer, settings, vocab_size)
+        source = Rows(rows.source, min(len(rows.source), len(rows)), settings.seed)
+        cache = _opened(folder, teacher, source, rows.shuffle, objective)
+        if not cache.whole:
+            if teacher is None:
+                raise CheckpointError(f"'{folder}' is not whole: give the teacher, which computes the rest")
+            with held(cache.folder):
+                _fill(cache, teacher, source, objective, vocab_size, progress)
+        return len(cache)
+
+    processes.first(filled)
     found = Cache.open(folder)
     assert found is not None
     return found
 
 
-def _filled(
-    teacher: PreTrainedModel | None,
-    data: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    settings: TrainSettings,
-    objective: Objective,
-    folder: str | Path,
-    vocab_size: int,
-    progress: Callable[[int], None] | None,
+def _opened(
+    folder: str | Path, teacher: PreTrainedModel | None, source: Rows, shuffle: bool, objective: Objective
 ) -> Cache:
-    rows, _ = rows_of(data, tokenizer, settings, vocab_size)
-    source = Rows(rows.source, min(len(rows.source), len(rows)), settings.seed)
+    """The cache in that folder, as far as it is there, or an empty one."""
     wanted = {
         "top_k": objective.top_k,
         "temperature": objective.temperature,
         "text": _digest_of(source[i]["input_ids"] for i in range(len(source))),
     }
-    cache = Cache.open(folder) or Cache(Path(folder), wanted, len(source), rows.shuffle)
+    cache = Cache.open(folder) or Cache(Path(folder), wanted, len(source), shuffle)
     differing = [name for name in wanted if cache.made_for.get(name) != wanted[name]]
     if teacher is not None:
         weights, cache.made_for["name"] = _weights(teacher), str(teacher.config._name_or_path)
@@ -157,13 +161,7 @@ def _filled(
         raise CheckpointError(
             f"'{folder}' was computed for another {differing[0]}: name another folder, or give what it was made for"
         )
-    cache.check()
-    if not cache.whole:
-        if teacher is None:
-            raise CheckpointError(f"'{folder}' is not whole: give the teacher, which computes the rest")
-        with held(cache.folder):
-            _fill(cache, teacher, source, objective, vocab_size, progress)
-    return cache
+    return cache.check()
 
 
 @torch.no_grad()
