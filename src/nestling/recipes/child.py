@@ -170,7 +170,8 @@ class Parent:
         settings, found = self.settings, {}
         for spec in dict.fromkeys([settings.data, *listed(settings.evaluate_on)]):
             split = "validation" if spec == settings.data else "all"
-            found[spec] = measured(name, model, self.tokenizer, spec, settings, split)
+            what, window = f"perplexity, {name}", {"context": settings.context, "split": split}
+            found[spec] = measured(what, model, self.tokenizer, spec, settings.evaluation_tokens, **window)
         if settings.pairs:
             pairs = evaluate.minimal_pairs(model, self.tokenizer, settings.pairs)
             found["minimal pairs"] = {"accuracy": pairs.accuracy, "pairs": pairs.pairs}

@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nestling import data, dmc, evaluate
+from nestling import data, dmc
 from nestling.anatomy import Anatomy, cache_name
 from nestling.dmc import RetrofitSettings
 from nestling.dmc.convert import check
@@ -27,7 +27,7 @@ from nestling.errors import NestlingError
 from nestling.recipes.progress import Stages, bar, console
 from nestling.recipes.run import Run
 from nestling.recipes.settings import ModelSettings
-from nestling.recipes.source import Source
+from nestling.recipes.source import Source, measured
 from nestling.report.slots import slots_page
 from nestling.runs import write_atomically
 from nestling.train import documented, split_batch
@@ -191,11 +191,8 @@ def _excerpt(source: Source, text: str) -> list[tuple[int, int, list[str]]]:
 
 def _perplexity(source: Source, text: str, settings: Any, context: int, split: str = "validation") -> dict[str, float]:
     tokens = getattr(settings, "evaluation_tokens", 0) or settings.tokens
-    with bar("perplexity", tokens) as advance:
-        found = evaluate.perplexity(
-            source.model, source.tokenizer, text, context=context, tokens=tokens, split=split, progress=advance
-        )
-    return {"perplexity": found.value, "loss": found.loss}
+    found = measured("perplexity", source.model, source.tokenizer, text, tokens, context=context, split=split)
+    return {"perplexity": found["perplexity"], "loss": found["loss"]}
 
 
 def _batches(source: Source, text: str, split: str, settings: Any, context: int) -> Iterator[dict[str, Tensor]]:
@@ -229,11 +226,11 @@ def _places(found: Merges, layer: int | None = None, head: int | None = None) ->
 
 
 def _page(model: str, result: dict[str, Any]) -> str:
-    measured = result["compression"]
-    ratios = dict(zip(measured["layers"], measured["by_head"], strict=True))
+    compression = result["compression"]
+    ratios = dict(zip(compression["layers"], compression["by_head"], strict=True))
     texts = {(layer, head): slots for layer, head, slots in result.get("excerpt", [])}
-    title = f"{model}: {measured['ratio']:.2f} tokens per slot"
-    return slots_page(title, ratios, measured["by_position"], texts, _measures(result))
+    title = f"{model}: {compression['ratio']:.2f} tokens per slot"
+    return slots_page(title, ratios, compression["by_position"], texts, _measures(result))
 
 
 def _measures(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -248,13 +245,13 @@ def _measures(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _summary(result: dict[str, Any]) -> Table:
-    measured = result["compression"]
+    compression = result["compression"]
     table = Table(title="compressed cache", title_justify="left", box=None, pad_edge=False)
     table.add_column("measure")
     table.add_column("value", justify="right")
     for row in _measures(result):
         table.add_row(*row)
-    for layer, ratio in zip(measured["layers"], measured["by_layer"], strict=True):
+    for layer, ratio in zip(compression["layers"], compression["by_layer"], strict=True):
         table.add_row(f"  layer {layer}", f"{ratio:.2f}")
     if "cache_bytes" in result:
         table.add_row("cache, bytes", f"{result['cache_bytes']:,} of {result['full_cache_bytes']:,}")

@@ -14,7 +14,7 @@ from nestling.anatomy import compiled_steps
 from nestling.errors import DataError
 from nestling.recipes.progress import bar, console
 from nestling.recipes.settings import ModelSettings, at_least, listed
-from nestling.recipes.source import Source, load
+from nestling.recipes.source import Source, load, measured
 from nestling.report.human import figure
 from nestling.train import documented
 from nestling.train.settings import check_seed
@@ -87,18 +87,9 @@ def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
     source = Source.open(settings)
     results: dict[str, Any] = {}
     for spec in listed(settings.data):
-        with bar(f"perplexity on {spec}", settings.tokens) as advance:
-            found = evaluate.perplexity(
-                source.model,
-                source.tokenizer,
-                spec,
-                context=settings.context,
-                stride=settings.stride,
-                tokens=settings.tokens,
-                split=settings.split,
-                progress=advance,
-            )
-        results[spec] = {"perplexity": found.value, **asdict(found)}
+        window: dict[str, Any] = {"context": settings.context, "stride": settings.stride, "split": settings.split}
+        what = f"perplexity on {spec}"
+        results[spec] = measured(what, source.model, source.tokenizer, spec, settings.tokens, **window)
     if settings.pairs:
         pairs = evaluate.minimal_pairs(source.model, source.tokenizer, settings.pairs, limit=settings.limit)
         results["minimal pairs"] = asdict(pairs)

@@ -284,8 +284,11 @@ def _evaluation(name: str, model: PreTrainedModel, source: Source, settings: Exp
     """Perplexity on the validation part of the data, by its name; a word instead where there is no such part."""
     if not settings.evaluation_tokens:
         return {}
+    where = (settings.data, settings.evaluation_tokens)
     try:
-        found = processes.first(lambda: measured(name, model, source.tokenizer, settings.data, settings, "validation"))
+        found = processes.first(
+            lambda: measured(f"perplexity, {name}", model, source.tokenizer, *where, context=settings.context)
+        )
     except DataError as error:
         console.print(f"what this costs is not measured: {error}")
         return {}

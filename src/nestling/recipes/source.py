@@ -71,19 +71,14 @@ class Source:
 
 
 def measured(
-    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: str, settings: Any, split: str
+    what: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: str, tokens: int, **window: Any
 ) -> dict[str, Any]:
-    """A model's perplexity and loss on so many of a text's tokens as the settings say, under a bar with its name."""
-    with bar(f"perplexity, {name}", settings.evaluation_tokens) as advance:
-        found = evaluate.perplexity(
-            model,
-            tokenizer,
-            spec,
-            context=settings.context,
-            tokens=settings.evaluation_tokens,
-            split=split,
-            progress=advance,
-        )
+    """A model's perplexity and loss on so many of a text's tokens, under a bar that says what is measured.
+
+    window: `context`, `stride` and `split`, as `evaluate.perplexity` takes them.
+    """
+    with bar(what, tokens) as advance:
+        found = evaluate.perplexity(model, tokenizer, spec, tokens=tokens, progress=advance, **window)
     return {"perplexity": found.value, **asdict(found)}
 
 
