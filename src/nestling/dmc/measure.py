@@ -16,6 +16,7 @@ from nestling.dmc.convert import is_converted
 from nestling.dmc.runtime.heads import Decisions
 from nestling.dmc.runtime.modeling import recording
 from nestling.errors import DataError, NestlingError
+from nestling.train import model_inputs
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,10 @@ def decided(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> 
     decisions = None
     with evaluating(model):
         for batch in batches:
-            ids, mask = batch["input_ids"].to(model.device), batch.get("attention_mask")
+            mask = batch.get("attention_mask")
             mask = mask.to(model.device) if mask is not None else None
             with recording(model) as decisions:
-                decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False)
+                decoder(model)(**model_inputs(batch["input_ids"].to(model.device), mask))
             yield decisions
     if decisions is None:
         raise DataError("there is no text to measure the ratio on: give at least one batch")

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from nestling.data import batches
 from nestling.dmc.calibrate import calibrate
 from nestling.dmc.convert import convert, is_converted
 from nestling.dmc.learner import Retrofit
 from nestling.dmc.settings import RetrofitSettings
 from nestling.errors import NestlingError
-from nestling.train import fit
+from nestling.train import Rows, collate, fit, rows_of
 
-INPUTS = ("input_ids", "attention_mask")
+SAMPLE_ROWS = 4  # at once
 DATASETS = (datasets.Dataset, torch.utils.data.Dataset)
 
 
@@ -61,7 +60,8 @@ def retrofit(
     learner.finish()
     model.config.dmc["ratio"] = settings.ratio
     if settings.calibration_tokens:
-        sample = kept if streamed else _first(data, tokenizer, settings)
+        vocab = model.get_output_embeddings().weight.shape[0]
+        sample = kept if streamed else _first(data, tokenizer, settings, vocab)
         found = calibrate(model, sample, settings.ratio)
         model.config.dmc["learned"] = {"ratio": round(found.before, 4), "offset": settings.offset}
     return model
@@ -75,15 +75,11 @@ def _keeping(data: Iterable[Any], kept: list[Mapping[str, Tensor]], tokens: int)
         yield batch
 
 
-def _first(data: Any, tokenizer: Any, settings: RetrofitSettings) -> list[dict[str, Tensor]]:
-    """Batches of the first tokens of text, or of a dataset."""
-    context, tokens = settings.context, settings.calibration_tokens
-    if isinstance(data, (str, Path)):
-        return batches(data, tokenizer, context=context, tokens=max(tokens, context), batch_size=4, seed=settings.seed)
-    found: list[dict[str, Tensor]] = []
-    for place in range(len(data)):
-        if sum(part["input_ids"].numel() for part in found) >= tokens:
-            break
-        row = {name: torch.as_tensor(data[place][name])[None] for name in INPUTS if name in data[place]}
-        found.append(row)
-    return found
+def _first(
+    data: Any, tokenizer: PreTrainedTokenizerBase | None, settings: RetrofitSettings, vocab: int
+) -> list[dict[str, Tensor]]:
+    """Batches of the first tokens of text, or of a dataset, in the order that they have there."""
+    rows, length = rows_of(data, tokenizer, settings, vocab)
+    source = Rows(rows.source, min(len(rows.source), -(-settings.calibration_tokens // length)), settings.seed)
+    first = [source[i] for i in range(len(source))]
+    return [collate(vocab)(first[i : i + SAMPLE_ROWS]) for i in range(0, len(first), SAMPLE_ROWS)]
