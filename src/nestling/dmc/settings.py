@@ -28,7 +28,7 @@ class RetrofitSettings(TrainSettings):
         temperature: Of the relaxed decisions in training.
         pressure: Least weight of the loss that asks for the ratio.
         gain: By how much that weight grows in a step that is all of the ratio short; it falls back in the same way.
-        calibration_tokens: Tokens on which, at the end, the gates' offset is moved to where the ratio is met; with 0 it
+        calibration_tokens: Tokens of the training text on which the gates' offset is moved to meet the ratio; with 0 it
             stays.
         kd_weight: Weight of the divergence from the model as it was.
         ce_weight: Weight of the cross-entropy with the data.
